@@ -1,3 +1,32 @@
-"""CATS: contextually-aware thresholding for sparsity."""
+"""CATS: contextually-aware thresholding for sparsity.
+
+Importing this registers the checkpoint format with transformers; `AutoModelForCausalLM.from_pretrained` then loads CATS
+checkpoints as what they are.
+"""
+
+from cats_llm.calibration.calibrate import calibrate
+from cats_llm.calibration.profile import Profile
+from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.errors import CatsError
+from cats_llm.integrations.transformers import register
+from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.structure import find_gated_mlps
+from cats_llm.model.surgery import dense_function, densify, sparse_mlps, sparsify, thresholds
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CatsConfig",
+    "CatsError",
+    "Profile",
+    "SparseMLP",
+    "calibrate",
+    "dense_function",
+    "densify",
+    "find_gated_mlps",
+    "sparse_mlps",
+    "sparsify",
+    "thresholds",
+]
+
+register()

@@ -1,0 +1,1 @@
+"""Calibration: from text to one threshold a layer."""

@@ -1,0 +1,102 @@
+"""The calibration profile: all that was learned about a model's activations, in one file."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cats_llm.calibration.distribution import MagnitudeDistribution
+from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.checkpoint.files import write_file
+from cats_llm.errors import CatsError
+
+_KEY = "cats_profile"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The distribution of |act(gate)| in every layer, from which any sparsity can be asked for.
+
+    Attributes:
+        layers: by layer index.
+        record: what was calibrated on what: model, revision, data, tokens, date, versions.
+    """
+
+    layers: dict[int, MagnitudeDistribution]
+    record: dict[str, Any]
+
+    def config(self, sparsity: float) -> CatsConfig:
+        """Thresholds for a gate sparsity, the same share in every layer (paper, section 3.1).
+
+        Args:
+            sparsity: k, the share of neurons to skip, in [0, 1).
+
+        Raises:
+            CatsError: ``sparsity`` is out of range.
+        """
+        chosen = {layer: distribution.threshold(sparsity) for layer, distribution in self.layers.items()}
+        return CatsConfig(
+            thresholds={layer: threshold for layer, (threshold, _) in chosen.items()},
+            sparsity=sparsity,
+            layer_sparsity={layer: achieved for layer, (_, achieved) in chosen.items()},
+            calibration=self.record,
+        )
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write the profile as a safetensors file.
+
+        Raises:
+            CatsError: the file exists and ``force`` is False, or it cannot be written.
+        """
+        tensors = {}
+        layers = {}
+        for layer, distribution in self.layers.items():
+            tensors[f"{layer}.edges"] = distribution.edges
+            tensors[f"{layer}.counts"] = distribution.counts
+            layers[str(layer)] = {"maximum": distribution.maximum, "zeros": distribution.zeros}
+        header = json.dumps({"version": VERSION, "layers": layers, "record": self.record})
+        with write_file(path, force) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={_KEY: header})
+            except SafetensorError as error:  # a full disk, among others
+                raise CatsError(f"could not write {path}: {error}; nothing was changed.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Read a profile.
+
+        Raises:
+            CatsError: there is no such file, it is damaged, or it is no profile.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CatsError(f"there is no calibration profile {path}; make one with cats calibrate.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+                if header is None:
+                    raise CatsError(f"{path} is a safetensors file but no calibration profile.")
+                if header["version"] > VERSION:
+                    raise CatsError(f"{path} is a profile of version {header['version']}; upgrade cats-llm to read it.")
+                layers = {}
+                for layer, facts in header["layers"].items():
+                    if not math.isfinite(facts["maximum"]):
+                        raise ValueError("maximum")
+                    layers[int(layer)] = MagnitudeDistribution(
+                        file.get_tensor(f"{layer}.edges"),
+                        file.get_tensor(f"{layer}.counts"),
+                        float(facts["maximum"]),
+                        int(facts["zeros"]),
+                    )
+                if not layers:
+                    raise ValueError("layers")
+                return cls(layers, dict(header["record"]))
+        except CatsError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CatsError(f"{path} is not a calibration profile, or it is damaged; calibrate again.") from error

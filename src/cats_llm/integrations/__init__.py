@@ -1,0 +1,1 @@
+"""One file for each project that CATS plugs into."""

@@ -1,0 +1,1 @@
+"""Model surgery: find the gated MLPs of a model, make them sparse, make them dense again."""

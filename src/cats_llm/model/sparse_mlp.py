@@ -1,0 +1,117 @@
+"""The module that takes the place of a gated MLP."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cats_llm.kernels import registry
+from cats_llm.kernels.definition import cats_activation
+from cats_llm.model.structure import GatedMLP, activation_name
+
+
+class SparseMLP(nn.Module):
+    """``down(CATS_t(act(gate(x))) * up(x))`` with the projections of the dense module, under the same names.
+
+    The projections are shared with the dense module, not copied, and are called as modules wherever something may
+    have been attached to them (adapters, hooks, sharding). Where they are plain linear layers and the call is a decode
+    step, the kernel registry chooses the implementation.
+
+    Attributes:
+        threshold: float32, () or (f,); not part of the state dict, and exact whatever dtype the model is cast to.
+        sparse: False runs the dense function, for calibration and comparison.
+    """
+
+    threshold: Tensor
+    # either gate_proj and up_proj, or gate_up_proj
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def __init__(self, mlp: GatedMLP, threshold: Tensor) -> None:
+        super().__init__()
+        # not registered: its children are ours, and the state dict must not name them twice
+        self.__dict__["_dense"] = mlp.module
+        for name, child in mlp.module.named_children():
+            self.add_module(name, child)
+            if child is mlp.activation:
+                self.activation_attribute = name
+        self.fused = mlp.fused
+        self.activation_name = activation_name(mlp.activation)
+        self.register_buffer("threshold", threshold.to(torch.float32), persistent=False)
+        self.sparse = True
+        self.train(mlp.module.training)
+
+    @property
+    def activation(self) -> nn.Module:
+        """The activation function."""
+        return self.get_submodule(self.activation_attribute)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        tokens = x.numel() // x.shape[-1]
+        if self.sparse and tokens <= registry.MAX_DECODE_TOKENS and not torch.is_grad_enabled():
+            weights = self._plain_weights(x)
+            if weights is not None and self.activation_name is not None:
+                (w_gate, w_up, w_down), biases = weights
+                request = registry.Request(tokens, w_gate, w_up, w_down, self.activation_name)
+                run = registry.best(request).run
+                return run(x, w_gate, w_up, w_down, self.threshold, self.activation_name, *biases)
+        if self.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.sparse:
+            a = cats_activation(gate, self.threshold.to(gate.device), self.activation)
+        else:
+            a = self.activation(gate)
+        y: Tensor = self.down_proj(a * up)
+        return y
+
+    def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
+        """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""
+        linears = [self.gate_up_proj] if self.fused else [self.gate_proj, self.up_proj]
+        linears.append(self.down_proj)
+        if torch.is_autocast_enabled(x.device.type) or not all(_is_plain(linear, x) for linear in linears):
+            return None
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor | None] = [linear.bias for linear in linears]
+        if self.fused:
+            weights[:1] = weights[0].chunk(2)
+            biases[:1] = (None, None) if biases[0] is None else biases[0].chunk(2)
+        return tuple(weights), tuple(biases)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
+        exact = self.threshold
+        super()._apply(fn, recurse)
+        # follow the model to its device, but never to its dtype
+        if exact.is_meta or self.threshold.is_meta:
+            self.threshold = torch.empty_like(exact, device=self.threshold.device)
+        else:
+            self.threshold = exact.to(self.threshold.device)
+        return self
+
+    def dense_module(self) -> nn.Module:
+        """The dense module that this one replaced, with the projections as they are now."""
+        dense: nn.Module = self.__dict__["_dense"]
+        for name, child in self.named_children():
+            setattr(dense, name, child)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        shown = f"{self.threshold.item():.4g}" if self.threshold.dim() == 0 and not self.threshold.is_meta else "..."
+        return f"threshold={shown}"
+
+
+def _is_plain(linear: nn.Module, x: Tensor) -> bool:
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__  # accelerate's hooks replace the method of the instance
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and type(linear.weight) is nn.Parameter  # not a DTensor, nor a quantised tensor
+        and linear.weight.device == x.device
+        and linear.weight.dtype == x.dtype
+    )

@@ -1,0 +1,151 @@
+"""Make a model sparse in place, change its thresholds, make it dense again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.errors import CatsError
+from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.structure import GatedMLP, check_function, execution_device, find_gated_mlps, unwrap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sparsify(model: Model, config: CatsConfig) -> Model:
+    """Make the model's gated MLPs sparse, in place, without copying a weight.
+
+    A model that is sparse already gets the new thresholds. `save_pretrained` afterwards writes a CATS checkpoint.
+
+    Args:
+        model: a causal language model with gated MLPs, also inside a PEFT wrapper.
+        config: one threshold a layer.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CatsError: no gated MLP, another number of layers than the config's, or a model that is already quantised.
+            The model is then as it was.
+    """
+    base: Any = unwrap(model)
+    existing = getattr(getattr(base, "config", None), "quantization_config", None)
+    if existing is not None and not isinstance(existing, CatsConfig):
+        method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method
+        raise CatsError(
+            f"this model is already quantised with {getattr(method, 'value', method)}; a checkpoint has room for one "
+            "method, so start from the unquantised model."
+        )
+    mlps = find_gated_mlps(base)
+    _check_layers(mlps, config)
+    for mlp in mlps:
+        if not isinstance(mlp.module, SparseMLP):
+            check_function(mlp)
+    replace_mlps(mlps)
+    set_thresholds(base, config.thresholds)
+    if hasattr(base, "config"):
+        base.config.quantization_config = config
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.quantization_config = config
+    return model
+
+
+def _check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
+    layers = [mlp.layer for mlp in mlps]
+    if sorted(config.thresholds) != layers:
+        raise CatsError(
+            f"the CATS config has thresholds for {_layers(sorted(config.thresholds))}, but the model's gated MLPs are "
+            f"in {_layers(layers)}; calibrate this model."
+        )
+
+
+def _layers(indices: list[int]) -> str:
+    if not indices:
+        return "no layer"
+    if indices == list(range(indices[0], indices[0] + len(indices))) and len(indices) > 1:
+        return f"{len(indices)} layers ({indices[0]} to {indices[-1]})"
+    return f"{len(indices)} layer{'s' * (len(indices) > 1)} ({', '.join(map(str, indices))})"
+
+
+def replace_mlps(mlps: list[GatedMLP]) -> None:
+    """Put a `SparseMLP` in the place of every dense gated MLP; its threshold is 0 until it is set."""
+    for mlp in mlps:
+        if not isinstance(mlp.module, SparseMLP):
+            threshold = torch.zeros((), dtype=torch.float32, device=execution_device(mlp.down_linear))
+            setattr(mlp.parent, mlp.name.rpartition(".")[2], SparseMLP(mlp, threshold))
+
+
+def prepare(model: nn.Module, config: CatsConfig) -> None:
+    """Replace the gated MLPs of a model whose weights are not loaded yet (it may be on the meta device).
+
+    Raises:
+        CatsError: no gated MLP, or another number of layers than the config's.
+    """
+    mlps = find_gated_mlps(model)
+    _check_layers(mlps, config)
+    replace_mlps(mlps)
+
+
+def densify(model: Model) -> Model:
+    """Put the dense modules back, in place: exactly the model before `sparsify`, with what was attached since.
+
+    Returns:
+        The same model. A dense model is returned as it is.
+    """
+    base = unwrap(model)
+    for parent in list(base.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SparseMLP):
+                setattr(parent, name, child.dense_module())
+    _forget_config(base)
+    return model
+
+
+def _forget_config(base: nn.Module) -> None:
+    config = getattr(base, "config", None)
+    if config is not None and isinstance(getattr(config, "quantization_config", None), CatsConfig):
+        del config.quantization_config
+        # what transformers sets on a model that it loaded through a quantizer
+        for module in base.modules():
+            getattr(module, "config", config).__dict__.pop("_is_quantized", None)
+        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+            base.__dict__.pop(attribute, None)
+
+
+def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:
+    """The sparse MLPs by layer index; empty for a dense model."""
+    if not any(isinstance(module, SparseMLP) for module in model.modules()):
+        return {}
+    return {mlp.layer: mlp.module for mlp in find_gated_mlps(model) if isinstance(mlp.module, SparseMLP)}
+
+
+def thresholds(model: nn.Module) -> dict[int, float]:
+    """The threshold of every sparse layer by its index; empty for a dense model."""
+    return {layer: mlp.threshold.item() for layer, mlp in sparse_mlps(model).items()}
+
+
+@torch.no_grad()
+def set_thresholds(model: nn.Module, values: Mapping[int, float]) -> None:
+    """Set the thresholds of a sparse model, in place, without touching its config."""
+    for layer, mlp in sparse_mlps(model).items():
+        if mlp.threshold.is_meta:
+            mlp.threshold = torch.zeros((), dtype=torch.float32)
+        mlp.threshold.fill_(values[layer])
+
+
+@contextmanager
+def dense_function(model: nn.Module) -> Iterator[None]:
+    """Let a sparse model compute the dense function while the context lasts. A dense model is left alone."""
+    mlps = list(sparse_mlps(model).values())
+    before = [mlp.sparse for mlp in mlps]
+    try:
+        for mlp in mlps:
+            mlp.sparse = False
+        yield
+    finally:
+        for mlp, sparse in zip(mlps, before, strict=True):
+            mlp.sparse = sparse
