@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import nn
 
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.files import write_file
 from cats_llm.errors import CatsError
+from cats_llm.model.structure import find_gated_mlps
 
 _KEY = "cats_profile"
 VERSION = 1
@@ -47,6 +49,23 @@ class Profile:
             calibration=self.record,
         )
 
+    def check_model(self, model: nn.Module) -> None:
+        """Make sure that the profile can be of this model.
+
+        Raises:
+            CatsError: the layers differ in number or in size.
+        """
+        mlps = {mlp.layer: mlp for mlp in find_gated_mlps(model)}
+        tokens = self.record.get("tokens") or 0
+        for layer in sorted(mlps.keys() | self.layers.keys()):
+            neurons = mlps[layer].intermediate_size if layer in mlps else 0
+            counted = self.layers[layer].total if layer in self.layers else 0
+            if counted != tokens * neurons:
+                raise CatsError(
+                    f"the profile was made with another model ({self.record.get('model')}): layer {layer} had "
+                    f"{counted // tokens if tokens else 0} neurons there and has {neurons} here; calibrate this model."
+                )
+
     def save(self, path: str | Path, force: bool = False) -> None:
         """Write the profile as a safetensors file.
 
@@ -61,10 +80,7 @@ class Profile:
             layers[str(layer)] = {"maximum": distribution.maximum, "zeros": distribution.zeros}
         header = json.dumps({"version": VERSION, "layers": layers, "record": self.record})
         with write_file(path, force) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={_KEY: header})
-            except SafetensorError as error:  # a full disk, among others
-                raise CatsError(f"could not write {path}: {error}; nothing was changed.") from error
+            temporary.write_bytes(save(tensors, metadata={_KEY: header}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":

@@ -1,0 +1,93 @@
+"""Options that several commands share, and what they are turned into."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cats_llm.checkpoint.config import check_sparsity
+from cats_llm.errors import CatsError
+from cats_llm.loading import DTYPES
+
+
+def _sparsity(text: str) -> float:
+    try:
+        return check_sparsity(float(text))
+    except CatsError as error:
+        raise typer.BadParameter(str(error)) from error
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a number; 0.5 skips 50 % of the neurons.") from error
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(DTYPES)}.")
+    return text
+
+
+def _device(text: str) -> str:
+    import torch
+
+    if text == "auto":
+        return text
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{text!r} is no device; use cpu, cuda, cuda:1 or auto.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"{text!r} was asked for, but PyTorch finds no CUDA GPU here.")
+    return text
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        parser=_device,
+        metavar="DEVICE",
+        show_default=False,
+        help="cpu, cuda, cuda:1, or auto to spread over all. Default: the GPU if there is one.",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")
+]
+Sparsity = Annotated[
+    float,
+    typer.Option(
+        parser=_sparsity,
+        metavar="K",
+        show_default=False,
+        help="Share of MLP neurons to skip, from 0 up to (not including) 1.",
+    ),
+]
+TextColumn = Annotated[str, typer.Option(help="Where the text is in .jsonl, .parquet and datasets.")]
+DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub dataset.", show_default=False)]
+Split = Annotated[str, typer.Option(help="Split of a hub dataset.")]
+SeqLength = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences computed at a time.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Draw the sequences in this random order. Default: in the order of the text.", show_default=False
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing outputs.")]
+
+
+def check_length(length: int, config: Any) -> None:
+    """Refuse sequences longer than the model can read.
+
+    Raises:
+        CatsError: they are.
+    """
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise CatsError(f"--seq-length {length} is more than the {limit} tokens that the model can read.")

@@ -1,0 +1,66 @@
+"""What commands print: tables on stdout, progress on stderr."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Item = TypeVar("Item")
+
+console = Console(highlight=False)
+progress_console = Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own notes and bars out of the output; errors still come through."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Iterate with a progress bar and the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # a log file wants no bars
+    hidden = not progress_console.is_terminal
+    with Progress(*columns, console=progress_console, transient=True, disable=hidden) as progress:
+        yield from progress.track(items, description=description, total=total)
+
+
+def table(*columns: str) -> Table:
+    """A table with the first column to the left and the others, numbers, to the right."""
+    made = Table(header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right")
+    return made
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share as a percentage, or a dash."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.{0 if unit == 'B' else 2}f} {unit}"
+        number /= 1000
+    raise AssertionError
+
+
+def show(value: Any) -> None:
+    """Print to stdout; text is not wrapped, tables are."""
+    console.print(value, soft_wrap=isinstance(value, str))

@@ -1,0 +1,87 @@
+"""`cats sparsify`: a CATS checkpoint from a dense one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cats_llm.calibration.profile import Profile
+from cats_llm.checkpoint.files import check_output, write_json
+from cats_llm.checkpoint.write import write_checkpoint
+from cats_llm.cli import calibrate, options
+from cats_llm.cli.output import percent, quiet_libraries, show
+from cats_llm.loading import checkpoint_folder, load_model, load_skeleton, load_tokenizer
+from cats_llm.model.accounting import sparsity_of
+from cats_llm.model.structure import find_gated_mlps
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command(name="sparsify")(command)
+
+
+def command(
+    model: options.Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    sparsity: options.Sparsity,
+    profile: Annotated[
+        Path | None, typer.Option(help="From cats calibrate; then no text is needed.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|DATASET", help="Text to calibrate on, if there is no profile.", show_default=False),
+    ] = None,
+    samples: calibrate.Samples = 256,
+    seq_length: options.SeqLength = 1024,
+    batch_size: options.BatchSize = 4,
+    text_column: options.TextColumn = "text",
+    dataset_config: options.DatasetConfig = None,
+    split: options.Split = "train",
+    seed: options.Seed = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    json: options.JsonFile = None,
+    force: options.Force = False,
+) -> None:
+    """Write a CATS checkpoint: the model's own files, and thresholds in config.json.
+
+    The weights are copied byte for byte; --device and --dtype matter only for calibration.
+
+    Example: **cats sparsify mistralai/Mistral-7B-v0.1 mistral-cats50 --sparsity 0.5 --profile mistral.safetensors**
+    """
+    if (profile is None) == (data is None):
+        raise typer.BadParameter("pass either --profile, or --data to calibrate on.")
+    for path in (out, json):
+        if path is not None:
+            check_output(path, force)
+    quiet_libraries()
+    # before gigabytes of weights are read
+    skeleton = load_skeleton(model, revision, trust_remote_code)
+    find_gated_mlps(skeleton)
+    if profile is not None:
+        made = Profile.load(profile)
+    else:
+        made = calibrate.run(
+            load_model(model, dtype, device, revision, trust_remote_code),
+            load_tokenizer(model, revision, trust_remote_code),
+            str(data),
+            samples=samples,
+            length=seq_length,
+            batch_size=batch_size,
+            seed=seed,
+            text_column=text_column,
+            dataset_config=dataset_config,
+            split=split,
+        )
+    made.check_model(skeleton)
+    config = made.config(sparsity)
+    write_checkpoint(checkpoint_folder(model, revision), out, config, force)
+    achieved = sparsity_of(skeleton, config.layer_sparsity)
+    if json is not None:
+        write_json(json, {"out": str(out), "config": config.to_dict(), "sparsity": vars(achieved)}, force)
+    show(
+        f"{out}: {percent(achieved.gate)} gate sparsity on the calibration tokens ({percent(achieved.ffn)} of MLP and "
+        f"{percent(achieved.model)} of all linear weights)"
+    )

@@ -1,0 +1,81 @@
+"""What sparsity saves: shares of weights, and bytes that decoding one token reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cats_llm.model.structure import find_gated_mlps, unwrap
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """One measurement in the three units of the literature, each a share from 0 to 1.
+
+    Attributes:
+        gate: neurons skipped, the mean over layers (CATS).
+        ffn: MLP weights skipped: two thirds of ``gate``, since gate_proj is always read.
+        model: linear weights of the decoder skipped, without embeddings and lm_head.
+    """
+
+    gate: float
+    ffn: float
+    model: float
+
+
+def sparsity_of(model: nn.Module, layer_sparsity: Mapping[int, float]) -> Sparsity:
+    """The three units, from the gate sparsity of each layer (missing layers are dense)."""
+    mlps = find_gated_mlps(model)
+    shares = [layer_sparsity.get(mlp.layer, 0.0) for mlp in mlps]
+    neurons = [mlp.hidden_size * mlp.intermediate_size for mlp in mlps]
+    skipped = sum(2 * n * share for n, share in zip(neurons, shares, strict=True))
+    linear = sum(p.numel() for p in _decoder(model).parameters() if p.dim() == 2) - _embedding_numel(model)
+    return Sparsity(sum(shares) / len(shares), skipped / (3 * sum(neurons)), skipped / linear)
+
+
+@dataclass(frozen=True)
+class BytesPerToken:
+    """Bytes of weights that decoding one token reads, at batch 1."""
+
+    dense: int
+    sparse: int
+    mlp_dense: int
+    mlp_sparse: int
+
+
+def bytes_per_token(model: nn.Module, layer_sparsity: Mapping[int, float]) -> BytesPerToken:
+    """Weights read for one token, dense and at the given gate sparsity of each layer.
+
+    All of the decoder and the lm_head, but of the input embedding only one row (not counted).
+    """
+    base: Any = unwrap(model)
+    total = sum(p.numel() * p.element_size() for p in _decoder(model).parameters())
+    embedding = _input_embedding(model)
+    if embedding is not None:
+        total -= embedding.numel() * embedding.element_size()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is not None:
+        total += head.weight.numel() * head.weight.element_size()
+    mlp_dense = mlp_skipped = 0.0
+    for mlp in find_gated_mlps(model):
+        matrix = mlp.hidden_size * mlp.intermediate_size * mlp.down_linear.weight.element_size()
+        mlp_dense += 3 * matrix
+        mlp_skipped += 2 * matrix * layer_sparsity.get(mlp.layer, 0.0)
+    return BytesPerToken(total, round(total - mlp_skipped), round(mlp_dense), round(mlp_dense - mlp_skipped))
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    base: Any = unwrap(model)
+    decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return decoder
+
+
+def _input_embedding(model: nn.Module) -> Any:
+    decoder: Any = _decoder(model)
+    return decoder.get_input_embeddings().weight if hasattr(decoder, "get_input_embeddings") else None
+
+
+def _embedding_numel(model: nn.Module) -> int:
+    embedding = _input_embedding(model)
+    return 0 if embedding is None else int(embedding.numel())

@@ -1,0 +1,321 @@
+"""Every command as a user types it, on the bundled model and on tiny random ones."""
+
+import hashlib
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import cats_llm
+from cats_llm import bundled
+
+TEXT = bundled.calibration_text()
+HELDOUT = bundled.heldout_text()
+SMALL = ("--samples", 4, "--seq-length", 128)
+
+
+@pytest.fixture(scope="module", params=["bundled", "qwen3", "phi3"])
+def model(request, model_folders):
+    return model_folders[request.param]
+
+
+@pytest.fixture(scope="module")
+def profile(model, cats, tmp_path_factory):
+    path = tmp_path_factory.mktemp("profile") / "p.safetensors"
+    assert cats("calibrate", model, "--data", TEXT, "-o", path, *SMALL, "--dtype", "float32") == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def sparse(model, profile, cats, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "cats50"
+    assert cats("sparsify", model, out, "--sparsity", 0.5, "--profile", profile) == 0
+    return out
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights(path):
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_sparsify_keeps_the_weights_to_the_byte(model, sparse):
+    assert digest(sparse / "model.safetensors") == digest(model / "model.safetensors")
+
+
+def test_the_checkpoint_is_a_cats_model_for_transformers(model, sparse):
+    loaded = AutoModelForCausalLM.from_pretrained(sparse, dtype="auto")
+    config = loaded.config.quantization_config
+    assert cats_llm.thresholds(loaded) == config.thresholds
+    assert config.sparsity == 0.5
+    for layer, share in config.layer_sparsity.items():
+        assert share == pytest.approx(0.5, abs=1e-3), f"layer {layer}"
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    assert type(loaded) is type(dense)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_achieved_sparsity_counted_by_hand_on_the_calibration_tokens(model, profile, cats, tmp_path, sparsity):
+    """Within 0.1 point in every layer, counted without any code of the package."""
+    out = tmp_path / "out"
+    assert cats("sparsify", model, out, "--sparsity", sparsity, "--profile", profile) == 0
+    thresholds = cats_llm.CatsConfig.from_dict(
+        AutoModelForCausalLM.from_pretrained(out).config.quantization_config.to_dict()
+    ).thresholds
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = TEXT.read_text(encoding="utf-8").split("\n<|endoftext|>\n")
+    ids = tokenizer(documents[0].strip(), verbose=False).input_ids[: 4 * 128]
+    counted = {}
+    for layer, block in enumerate(dense.model.layers):
+        act = block.mlp.act_fn if hasattr(block.mlp, "act_fn") else block.mlp.activation_fn
+        act.register_forward_hook(lambda module, inputs, a, layer=layer: counted.update({layer: a.abs()}))
+    with torch.no_grad():
+        dense(torch.tensor(ids).view(4, 128))
+    for layer, a in counted.items():
+        share = (a < thresholds[layer]).double().mean().item()
+        assert share == pytest.approx(sparsity, abs=1e-3), f"layer {layer}"
+
+
+def test_several_sparsities_from_one_profile(model, profile, cats, tmp_path, read_json):
+    found = []
+    for sparsity in (0.3, 0.9):
+        out = tmp_path / str(sparsity)
+        assert cats("sparsify", model, out, "--sparsity", sparsity, "--profile", profile) == 0
+        found.append(read_json(out / "config.json")["quantization_config"]["thresholds"])
+    assert all(found[0][layer] < found[1][layer] for layer in found[0])
+
+
+def test_sparsify_from_text_equals_sparsify_from_a_profile(model, sparse, cats, tmp_path, read_json):
+    out = tmp_path / "out"
+    assert cats("sparsify", model, out, "--sparsity", 0.5, "--data", TEXT, *SMALL, "--dtype", "float32") == 0
+    configs = [read_json(path / "config.json")["quantization_config"] for path in (out, sparse)]
+    assert configs[0]["thresholds"] == configs[1]["thresholds"]
+    assert configs[0]["calibration"]["tokens"] == 512
+
+
+def test_calibration_of_a_cats_checkpoint_is_that_of_its_dense_model(sparse, profile, cats, tmp_path):
+    path = tmp_path / "p.safetensors"
+    assert cats("calibrate", sparse, "--data", TEXT, "-o", path, *SMALL, "--dtype", "float32") == 0
+    a, b = cats_llm.Profile.load(path), cats_llm.Profile.load(profile)
+    assert a.config(0.7).thresholds == b.config(0.7).thresholds
+
+
+def test_inspect(model, sparse, cats, tmp_path, read_json, capsys):
+    file = tmp_path / "i.json"
+    assert cats("inspect", sparse, "--json", file, "--seq-length", 64, "--samples", 2) == 0
+    facts = read_json(file)
+    assert facts["sparse"]
+    thresholds = cats_llm.thresholds(AutoModelForCausalLM.from_pretrained(sparse))
+    assert {layer["layer"]: layer["threshold"] for layer in facts["layers"]} == thresholds
+    assert all(0.2 < layer["measured_sparsity"] < 0.8 for layer in facts["layers"])
+    # bytes of the matrices, from the file itself
+    tensors = weights(model)
+    mlp = sum(t.numel() * t.element_size() for name, t in tensors.items() if ".mlp." in name)
+    every = sum(t.numel() * t.element_size() for t in tensors.values())
+    if "lm_head.weight" in tensors:
+        every -= tensors["model.embed_tokens.weight"].numel() * tensors["model.embed_tokens.weight"].element_size()
+    read = facts["bytes_per_token"]
+    assert (read["mlp_dense"], read["dense"]) == (mlp, every)
+    mean = sum(layer["measured_sparsity"] for layer in facts["layers"]) / len(facts["layers"])
+    assert read["mlp_sparse"] == pytest.approx(mlp * (1 - 2 / 3 * mean), rel=1e-6)
+    assert read["dense"] - read["sparse"] == read["mlp_dense"] - read["mlp_sparse"]
+    assert facts["sparsity"]["gate"] == pytest.approx(mean)
+    assert facts["sparsity"]["ffn"] == pytest.approx(2 / 3 * mean)
+    capsys.readouterr()
+    assert cats("inspect", model, "--no-measure") == 0
+    assert "dense model" in capsys.readouterr().out
+
+
+def test_generate_streams_what_transformers_generates(sparse, cats, tmp_path, read_json, capsys):
+    file = tmp_path / "g.json"
+    assert cats("generate", sparse, "--prompt", "Once upon a time", "--max-new-tokens", 12, "--json", file) == 0
+    printed = capsys.readouterr()
+    result = read_json(file)
+    loaded = AutoModelForCausalLM.from_pretrained(sparse, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(sparse)
+    inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+    expected = loaded.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert result["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert result["sparse"]
+    assert result["text"].strip()[:20] in printed.out
+    assert "tokens/s" in printed.err
+
+
+def test_sampling_is_repeatable(sparse, cats, tmp_path, read_json):
+    texts = []
+    for i, seed in enumerate((1, 1, 2)):
+        file = tmp_path / f"{i}.json"
+        arguments = ("--prompt", "The king", "--max-new-tokens", 10, "--temperature", 1.0, "--seed", seed)
+        assert cats("generate", sparse, *arguments, "--json", file) == 0
+        texts.append(read_json(file)["text"])
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_eval_equals_a_computation_by_hand(model, sparse, cats, tmp_path, read_json):
+    file = tmp_path / "e.json"
+    assert cats("eval", sparse, "--text", HELDOUT, *SMALL, "--dtype", "float32", "--json", file) == 0
+    result = read_json(file)
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(sparse, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(sparse)
+    document = HELDOUT.read_text(encoding="utf-8").split("\n<|endoftext|>\n")[0]
+    ids = torch.tensor(tokenizer(document, verbose=False).input_ids[: 4 * 128]).view(4, 128)
+    with torch.no_grad():
+        p, q = (m(ids).logits[:, :-1].double().log_softmax(-1) for m in (dense, loaded))
+    nll = -q.gather(-1, ids[:, 1:, None]).mean()
+    assert result["tokens"] == 4 * 127
+    assert result["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert result["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert result["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    other = tmp_path / "o.json"
+    arguments = ("--against", model, "--text", HELDOUT, *SMALL, "--dtype", "float32", "--json", other)
+    assert cats("eval", sparse, *arguments) == 0
+    for key in ("kl", "perplexity", "top1_agreement"):
+        assert read_json(other)[key] == pytest.approx(result[key], rel=1e-6), "the dense function is another model"
+
+
+def test_eval_of_a_dense_model(model, cats, tmp_path, read_json, capsys):
+    file = tmp_path / "e.json"
+    assert cats("eval", model, "--text", HELDOUT, *SMALL, "--json", file) == 0
+    result = read_json(file)
+    assert result["kl"] is None
+    assert result["layer_sparsity"] == {}
+    assert "dense model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["calibrate", "sparsify", "inspect", "generate", "eval"])
+def test_every_command_has_help_with_an_example(cats, capsys, command):
+    assert cats(command, "--help") == 0
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"Example: cats {command}" in shown
+    for option in ("--json", "--device", "--dtype"):
+        assert option in shown
+
+
+class TestErrors:
+    """One sentence, the right exit code, nothing left behind."""
+
+    @pytest.fixture
+    def fails(self, cats, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+        def check(code, message, *arguments):
+            before = sorted(p.as_posix() for p in tmp_path.rglob("*"))
+            capsys.readouterr()
+            assert cats(*arguments) == code
+            printed = capsys.readouterr()
+            assert re.search(message, printed.err), printed.err
+            assert printed.err.startswith("error: ")
+            assert printed.err.count("\n") == 1, "more than one line"
+            assert "Traceback" not in printed.err + printed.out
+            assert sorted(p.as_posix() for p in tmp_path.rglob("*")) == before, "something was left behind"
+
+        return check
+
+    @pytest.fixture
+    def gpt2(self, tmp_path, model_folders):
+        folder = tmp_path / "gpt2"
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 4096, "n_positions": 256}
+        GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((model_folders["bundled"] / name).read_bytes())
+        return folder
+
+    @pytest.fixture
+    def good(self, model_folders):
+        return model_folders["qwen3"]
+
+    @pytest.fixture
+    def good_profile(self, good, cats, tmp_path):
+        path = tmp_path / "good.safetensors"
+        assert cats("calibrate", good, "--data", TEXT, "-o", path, *SMALL) == 0
+        return path
+
+    def test_no_gated_mlp(self, fails, gpt2, good_profile):
+        message = "GPT2LMHeadModel has no gated MLP"
+        fails(1, message, "calibrate", gpt2, "--data", TEXT, "-o", "p")
+        fails(1, message, "sparsify", gpt2, "out", "--sparsity", 0.5, "--profile", good_profile)
+        fails(1, message, "sparsify", gpt2, "out", "--sparsity", 0.5, "--data", TEXT)
+        fails(1, message, "inspect", gpt2)
+
+    @pytest.mark.parametrize("sparsity", ["1.0", "-0.1", "abc", "nan", "50"])
+    def test_sparsity(self, fails, good, good_profile, sparsity):
+        fails(2, "sparsity|not a number", "sparsify", good, "out", "--sparsity", sparsity, "--profile", good_profile)
+
+    def test_missing_things(self, fails, good):
+        fails(1, r"no folder \./nope", "inspect", "./nope")
+        fails(1, r"no file or folder nope\.txt", "calibrate", good, "--data", "nope.txt", "-o", "p", *SMALL)
+        fails(1, "no calibration profile nope", "sparsify", good, "out", "--sparsity", 0.5, "--profile", "nope")
+        fails(2, "Missing (argument|parameter)", "sparsify", good)
+        fails(2, "either --profile, or --data", "sparsify", good, "out", "--sparsity", 0.5)
+        fails(2, "No such command", "frobnicate")
+
+    def test_text(self, fails, good, tmp_path):
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "short.txt").write_text("hello there")
+        for command in (("calibrate", good, "-o", "p", "--data"), ("eval", good, "--text")):
+            fails(1, "holds no text", *command, "empty.txt", *SMALL)
+            fails(1, "fewer tokens than one sequence of 128", *command, "short.txt", *SMALL)
+            fails(1, "more than the 256 tokens", *command, "short.txt", "--seq-length", 257)
+        fails(1, "the prompt is empty", "generate", good, "--prompt", "")
+        fails(1, "no chat template", "generate", good, "--prompt", "x", "--chat")
+
+    def test_damaged_files(self, fails, good, good_profile, tmp_path):
+        (tmp_path / "corrupt").write_bytes(good_profile.read_bytes()[:-100])
+        fails(1, "damaged", "sparsify", good, "out", "--sparsity", 0.5, "--profile", "corrupt")
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for file in good.iterdir():
+            (broken / file.name).write_bytes(file.read_bytes())
+        (broken / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:5000])
+        fails(1, "truncated or damaged", "sparsify", broken, "out", "--sparsity", 0.5, "--profile", good_profile)
+        fails(1, "truncated or damaged", "calibrate", broken, "--data", TEXT, "-o", "p")
+        fails(1, "truncated or damaged", "generate", broken, "--prompt", "x")
+        (broken / "config.json").write_text("{")
+        fails(1, "not JSON", "inspect", broken)
+        (broken / "config.json").unlink()
+        fails(1, r"no config\.json", "inspect", broken)
+
+    def test_a_profile_of_another_model(self, fails, good, good_profile, tmp_path):
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+        for layers in (2, 3):
+            other = tmp_path / f"other{layers}"
+            LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers)).save_pretrained(other)
+            message = "the profile was made with another model"
+            fails(1, message, "sparsify", other, "out", "--sparsity", 0.5, "--profile", good_profile)
+
+    def test_existing_outputs(self, fails, good, good_profile, cats, tmp_path):
+        out = tmp_path / "out"
+        assert cats("sparsify", good, out, "--sparsity", 0.5, "--profile", good_profile) == 0
+        before = digest(out / "config.json")
+        again = ("sparsify", good, out, "--sparsity", 0.9, "--profile", good_profile)
+        fails(1, "exists already", *again)
+        fails(1, "exists already", "calibrate", good, "--data", TEXT, "-o", good_profile)
+        fails(1, "exists already", "inspect", good, "--json", good_profile)
+        assert digest(out / "config.json") == before
+        assert cats(*again, "--force") == 0
+        assert digest(out / "config.json") != before
+        fails(1, "is the model itself", "sparsify", out, out, "--sparsity", 0.5, "--profile", good_profile, "--force")
+
+    def test_a_checkpoint_with_missing_weights(self, fails, good, tmp_path):
+        from safetensors.torch import save_file
+
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        for file in good.iterdir():
+            (broken / file.name).write_bytes(file.read_bytes())
+        tensors = weights(good)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+        fails(1, r"lacks 1 weights? .*layers\.1\.mlp\.up_proj", "generate", broken, "--prompt", "x")
+
+    def test_options(self, fails, good):
+        fails(2, "'int3' is none of", "generate", good, "--prompt", "x", "--dtype", "int3")
+        fails(2, "'gpu' is no device", "generate", good, "--prompt", "x", "--device", "gpu")

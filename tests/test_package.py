@@ -1,0 +1,63 @@
+"""The package as a whole: what importing it costs, and that its parts depend one way."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import cats_llm
+
+SOURCE = Path(cats_llm.__file__).parent
+
+# what each part of the package may import of it, beside itself and what all may use
+ALL_MAY_USE = {"errors", "checkpoint"}
+MAY_IMPORT = {
+    "errors": set(),
+    "kernels": set(),
+    "checkpoint": set(),
+    "model": {"kernels"},
+    "integrations": {"kernels", "model"},
+    "text": set(),
+    "loading": {"model"},
+    "bundled": set(),
+    "calibration": {"kernels", "model"},
+    "evaluation": {"kernels", "model"},
+    "report": set(),
+}
+
+
+def test_import_is_light():
+    script = (
+        "import sys, cats_llm, torch\n"
+        "heavy = {'matplotlib', 'lm_eval', 'datasets', 'pyarrow', 'peft', 'typer', 'rich', 'triton'}\n"
+        "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output == "[] False\n"
+
+
+def test_version():
+    assert cats_llm.__version__ == version("cats-llm")
+
+
+def test_everything_public_is_there_and_sorted():
+    assert cats_llm.__all__ == sorted(cats_llm.__all__)
+    assert all(getattr(cats_llm, name).__doc__ for name in cats_llm.__all__)
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda f: f.relative_to(SOURCE).as_posix())
+def test_imports_point_one_way(file):
+    part = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if part not in MAY_IMPORT:  # the cli and the package's front may import all
+        assert part in {"cli", "__init__"}
+        return
+    imported = {
+        node.module.split(".")[1]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cats_llm.")
+    }
+    allowed = MAY_IMPORT[part] | {part} | (ALL_MAY_USE if part not in ("kernels", "errors") else set())
+    assert imported <= allowed, f"{file} imports {sorted(imported - allowed)}"
