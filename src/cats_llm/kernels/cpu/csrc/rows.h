@@ -1,0 +1,179 @@
+// What is done with rows of weights: dot products with x, and sums of scaled rows into y.
+#pragma once
+
+#include <cstring>
+
+#if defined(__clang__)
+#define CATS_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define CATS_UNROLL _Pragma("GCC unroll 64")
+#endif
+#define CATS_ALWAYS_INLINE __attribute__((always_inline))
+
+namespace cats {
+namespace {
+
+// Bytes by which prefetching runs ahead of the loads: about the memory latency times a core's bandwidth.
+constexpr int64_t kAhead = 4096;
+
+// Runs ahead of a row and, near its end, into the row that will be read next.
+struct Prefetcher {
+  const char *here, *there;
+  int64_t split;
+
+  template <class T>
+  void start(const T* row, const T* next, int64_t d) {
+    const int64_t bytes = d * int64_t(sizeof(T)), ahead = bytes < kAhead ? bytes : kAhead;
+    here = reinterpret_cast<const char*>(row) + ahead;
+    there = reinterpret_cast<const char*>(next) - (bytes - ahead);
+    split = bytes - ahead;
+  }
+
+  // For a load of `bytes` bytes at `offset`.
+  template <int bytes>
+  inline CATS_ALWAYS_INLINE void fetch(int64_t offset) const {
+    const char* p = (offset < split ? here : there) + offset;
+    CATS_UNROLL
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line);
+  }
+};
+
+// How weights of type T meet x: as float32 vectors, unless the instruction set specialises it.
+template <class T>
+struct Dot {
+  using X = float;
+  static constexpr int width = Vec::lanes;
+  static inline CATS_ALWAYS_INLINE Vec weights(const T* p) { return load(p); }
+  static inline CATS_ALWAYS_INLINE Vec inputs(const float* p) { return load(p); }
+  static inline CATS_ALWAYS_INLINE Vec madd(Vec w, Vec x, Vec acc) { return cats::madd(w, x, acc); }
+  static void pack(const T* from, float* to) {
+    for (int i = 0; i < kChunk; i += width) store(to + i, load(from + i));
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16 products summed in float32: no conversion, half the instructions.
+template <>
+struct Dot<bf16> {
+  using X = bf16;
+  static constexpr int width = 32;
+  static inline CATS_ALWAYS_INLINE __m512bh weights(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static inline CATS_ALWAYS_INLINE __m512bh inputs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static inline CATS_ALWAYS_INLINE Vec madd(__m512bh w, __m512bh x, Vec acc) { return {_mm512_dpbf16_ps(acc.v, w, x)}; }
+  static void pack(const bf16* from, bf16* to) { std::memcpy(to, from, kChunk * sizeof(bf16)); }
+};
+#endif
+
+// The last, partial chunk of each row, padded with zeros.
+template <class T, int R>
+struct Tail {
+  T data[R][kChunk];
+  const T* rows[R];
+  Tail(const T* const* from, int64_t offset, int64_t count) {
+    std::memset(data, 0, sizeof data);
+    for (int r = 0; r < R; ++r) {
+      std::memcpy(data[r], from[r] + offset, size_t(count) * sizeof(T));
+      rows[r] = data[r];
+    }
+  }
+};
+
+// out[r, i] = rows[r] . x_i for R rows and N tokens; rows of `out` are kMaxTokens long. `x` points at the first of these tokens among `n` packed ones.
+template <class T, int R, int N>
+void dot_tile(const T* const* rows, const T* const* next, const typename Dot<T>::X* x, int64_t n, int64_t d,
+              float* out) {
+  using D = Dot<T>;
+  constexpr int steps = kChunk / D::width;
+  // enough independent sums to hide the latency of an addition, few enough to stay in registers
+  constexpr int sums = R * N > 4 ? 1 : R * N > 1 ? 2 : steps < 4 ? steps : 4;
+  Vec acc[R][N][sums];
+  CATS_UNROLL
+  for (int r = 0; r < R; ++r)
+    CATS_UNROLL
+    for (int i = 0; i < N; ++i)
+      CATS_UNROLL
+      for (int k = 0; k < sums; ++k) acc[r][i][k] = set(0.0f);
+
+  const auto add_chunk = [&](const T* const* w, int64_t offset, const typename D::X* xc) CATS_ALWAYS_INLINE {
+    CATS_UNROLL
+    for (int s = 0; s < steps; ++s) {
+      decltype(D::weights(w[0])) weights[R];
+      CATS_UNROLL
+      for (int r = 0; r < R; ++r) weights[r] = D::weights(w[r] + offset + s * D::width);
+      CATS_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const auto inputs = D::inputs(xc + i * kChunk + s * D::width);
+        CATS_UNROLL
+        for (int r = 0; r < R; ++r) acc[r][i][s % sums] = D::madd(weights[r], inputs, acc[r][i][s % sums]);
+      }
+    }
+  };
+
+  Prefetcher prefetch[R];
+  for (int r = 0; r < R; ++r) prefetch[r].start(rows[r], next[r], d);
+  const int64_t whole = d - d % kChunk;
+  for (int64_t c = 0; c < whole; c += kChunk) {
+    CATS_UNROLL
+    for (int r = 0; r < R; ++r) prefetch[r].template fetch<kChunk * sizeof(T)>(c * int64_t(sizeof(T)));
+    add_chunk(rows, c, x + c * n);
+  }
+  if (whole < d) add_chunk(Tail<T, R>(rows, whole, d - whole).rows, 0, x + whole * n);
+
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) {
+      Vec total = acc[r][i][0];
+      for (int k = 1; k < sums; ++k) total = total + acc[r][i][k];
+      out[r * kMaxTokens + i] = sum(total);
+    }
+}
+
+// out[r, i] = rows[r] . x_i for R rows and all n tokens. The rows are read from memory once, then from the cache.
+template <class T, int R>
+void dot(const T* const* rows, const T* const* next, const typename Dot<T>::X* x, int64_t n, int64_t d,
+         float* out) {
+  for (int64_t i = 0; i < n; i += 4) {
+    const auto xi = x + i * kChunk;
+    switch (n - i) {
+      case 1: dot_tile<T, R, 1>(rows, next, xi, n, d, out + i); break;
+      case 2: dot_tile<T, R, 2>(rows, next, xi, n, d, out + i); break;
+      case 3: dot_tile<T, R, 3>(rows, next, xi, n, d, out + i); break;
+      default: dot_tile<T, R, 4>(rows, next, xi, n, d, out + i);
+    }
+    next = rows;  // already on its way
+  }
+}
+
+// y_i += sum over r of scale[r, i] * rows[r]. N is the number of tokens where it is known, else 0.
+template <class T, int R, int N>
+void add_rows(const T* const* rows, const T* const* next, const float* scale, int64_t tokens, int64_t d,
+              float* y) {
+  const int64_t n = N ? N : tokens;
+  const auto add_chunk = [&](const T* const* w, int64_t offset, float* yc) CATS_ALWAYS_INLINE {
+    CATS_UNROLL
+    for (int64_t s = 0; s < kChunk; s += Vec::lanes) {
+      Vec weights[R];
+      CATS_UNROLL
+      for (int r = 0; r < R; ++r) weights[r] = load(w[r] + offset + s);
+      for (int64_t i = 0; i < n; ++i) {
+        float* yi = yc + i * kChunk + s;
+        Vec total = load(yi);
+        CATS_UNROLL
+        for (int r = 0; r < R; ++r) total = madd(set(scale[r * kMaxTokens + i]), weights[r], total);
+        store(yi, total);
+      }
+    }
+  };
+
+  Prefetcher prefetch[R];
+  for (int r = 0; r < R; ++r) prefetch[r].start(rows[r], next[r], d);
+  const int64_t whole = d - d % kChunk;
+  for (int64_t c = 0; c < whole; c += kChunk) {
+    CATS_UNROLL
+    for (int r = 0; r < R; ++r) prefetch[r].template fetch<kChunk * sizeof(T)>(c * int64_t(sizeof(T)));
+    add_chunk(rows, c, y + c * n);
+  }
+  if (whole < d) add_chunk(Tail<T, R>(rows, whole, d - whole).rows, 0, y + whole * n);
+}
+
+}  // namespace
+}  // namespace cats
