@@ -121,7 +121,7 @@ class _Clock:
     def __init__(self, tokenizer: Any = None) -> None:
         from transformers import TextStreamer
 
-        self.printer = TextStreamer(tokenizer) if tokenizer is not None else None  # type: ignore[no-untyped-call]
+        self.printer = TextStreamer(tokenizer) if tokenizer is not None else None
         self.times: list[float] = []
         self.prompt_seen = False
 
