@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cats_llm.kernels import registry
+from cats_llm.kernels import cpu, registry
 from cats_llm.kernels.definition import cats_activation
 from cats_llm.model.structure import GatedMLP, activation_name
 
@@ -82,6 +82,20 @@ class SparseMLP(nn.Module):
             biases[:1] = (None, None) if biases[0] is None else biases[0].chunk(2)
         return tuple(weights), tuple(biases)
 
+    def store_neuron_major(self, enabled: bool = True) -> None:
+        """Lay down_proj's weight out so that a neuron's column is contiguous, or, to undo it, its rows.
+
+        Decode kernels need it to skip neurons. There is still one copy, of the same logical shape (d, f) and the same
+        bytes on disk. Only plain weights on a CPU are touched, and only if there is a kernel for them.
+        """
+        weight = self.down_proj.weight
+        if type(self.down_proj) is not nn.Linear or type(weight) is not nn.Parameter or weight.device.type != "cpu":
+            return
+        if enabled and cpu.available():
+            weight.data = weight.data.t().contiguous().t()
+        elif not enabled:
+            weight.data = weight.data.contiguous()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
         exact = self.threshold
         super()._apply(fn, recurse)
@@ -94,6 +108,7 @@ class SparseMLP(nn.Module):
 
     def dense_module(self) -> nn.Module:
         """The dense module that this one replaced, with the projections as they are now."""
+        self.store_neuron_major(False)
         dense: nn.Module = self.__dict__["_dense"]
         for name, child in self.named_children():
             setattr(dense, name, child)

@@ -9,6 +9,7 @@ from torch import nn
 
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
+from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import GatedMLP, check_function, execution_device, find_gated_mlps, unwrap
 
@@ -46,6 +47,7 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
             check_function(mlp)
     replace_mlps(mlps)
     set_thresholds(base, config.thresholds)
+    prepare_decode(base)
     if hasattr(base, "config"):
         base.config.quantization_config = config
     quantizer = getattr(base, "hf_quantizer", None)
@@ -90,6 +92,13 @@ def prepare(model: nn.Module, config: CatsConfig) -> None:
     replace_mlps(mlps)
 
 
+def prepare_decode(model: nn.Module) -> None:
+    """Bring a sparse model's loaded weights into the form that decodes fastest, without a second copy."""
+    for mlp in sparse_mlps(model).values():
+        mlp.store_neuron_major()
+    use_decode_linears(model)
+
+
 def densify(model: Model) -> Model:
     """Put the dense modules back, in place: exactly the model before `sparsify`, with what was attached since.
 
@@ -97,6 +106,7 @@ def densify(model: Model) -> Model:
         The same model. A dense model is returned as it is.
     """
     base = unwrap(model)
+    use_decode_linears(base, False)
     for parent in list(base.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SparseMLP):

@@ -4,13 +4,24 @@ Importing this module loads the library and registers its kernel; without the li
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats_llm.kernels import registry
 from cats_llm.kernels.cpu.library import available, available_isas, isa, set_isa, use_isa
 from cats_llm.kernels.definition import ACTIVATIONS
 
-__all__ = ["available", "available_isas", "gated_mlp", "isa", "linear", "read", "set_isa", "supports", "use_isa"]
+__all__ = [
+    "available",
+    "available_isas",
+    "gated_mlp",
+    "isa",
+    "linear",
+    "read",
+    "set_isa",
+    "supports",
+    "supports_linear",
+    "use_isa",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +69,19 @@ def supports(request: registry.Request) -> bool:
         and request.activation in ACTIVATIONS
         and (gate.stride(1) == up.stride(1) == down.stride(0) == 1 or gate.shape[1] == 1)
         and not torch.is_grad_enabled()
+    )
+
+
+def supports_linear(x: Tensor, w: Tensor) -> bool:
+    """Whether `linear` can and should compute ``F.linear(x, w)``."""
+    return (
+        available()
+        and x.device.type == w.device.type == "cpu"
+        and x.dtype == w.dtype
+        and x.dtype in _DTYPES
+        and type(w) in (Tensor, nn.Parameter)  # not sharded or quantised
+        and 0 < x.numel() <= registry.MAX_DECODE_TOKENS * w.shape[1]
+        and w.stride(1) == 1
     )
 
 

@@ -1,0 +1,54 @@
+"""The linear layers outside the MLPs (attention, lm_head), on our own matrix-vector kernel when decoding on a CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cats_llm.kernels import cpu
+from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.structure import unwrap
+
+
+class DecodeLinear(nn.Linear):
+    """An nn.Linear that leaves no bandwidth unused for few tokens. Same parameters, same function.
+
+    A layer becomes one by a change of class and an nn.Linear again in the same way, so that everything that holds it or
+    its weight (tied embeddings, adapters, optimizers) keeps holding it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if (
+            not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and cpu.supports_linear(input, self.weight)
+        ):
+            return cpu.linear(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
+
+
+def use_decode_linears(model: nn.Module, enabled: bool = True) -> None:
+    """Let the decoder's linear layers and lm_head decode on our kernel, or on PyTorch again, in place.
+
+    `sparsify` and `from_pretrained` do it for models on a CPU. Layers inside sparse MLPs, adapters, other classes than
+    nn.Linear and layers on other devices are left alone.
+    """
+    base = unwrap(model)
+    get_decoder = getattr(base, "get_decoder", None)
+    get_head = getattr(base, "get_output_embeddings", None)
+    roots = [get_decoder() if callable(get_decoder) else base, get_head() if callable(get_head) else None]
+    old, new = (nn.Linear, DecodeLinear) if enabled else (DecodeLinear, nn.Linear)
+    for root in roots:
+        if root is None:
+            continue
+        inside_mlps = {
+            child for module in root.modules() if isinstance(module, SparseMLP) for child in module.modules()
+        }
+        for module in root.modules():
+            if type(module) is old and module not in inside_mlps and (not enabled or _is_plain(module)):
+                module.__class__ = new
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    weight = linear.weight
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and "forward" not in linear.__dict__
