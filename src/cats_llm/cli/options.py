@@ -10,7 +10,8 @@ from cats_llm.errors import CatsError
 from cats_llm.loading import DTYPES
 
 
-def _sparsity(text: str) -> float:
+def parse_sparsity(text: str) -> float:
+    """The text as a gate sparsity; anything else is wrong usage."""
     try:
         return check_sparsity(float(text))
     except CatsError as error:
@@ -59,7 +60,7 @@ Dtype = Annotated[
 Sparsity = Annotated[
     float,
     typer.Option(
-        parser=_sparsity,
+        parser=parse_sparsity,
         metavar="K",
         show_default=False,
         help="Share of MLP neurons to skip, from 0 up to (not including) 1.",

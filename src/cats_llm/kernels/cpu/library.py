@@ -23,7 +23,7 @@ def _load(folders: Iterable[str]) -> ctypes.CDLL | None:
         logger.warning("cats-llm was installed without its CPU kernels; decoding on the CPU uses plain PyTorch")
         return None
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
         library = ctypes.CDLL(str(path))
     except OSError as error:
         logger.warning("cats-llm's CPU kernels cannot be loaded, decoding on the CPU uses plain PyTorch: %s", error)

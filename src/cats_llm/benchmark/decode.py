@@ -1,0 +1,242 @@
+"""Whole-token decode through `generate`: stock transformers, our dense path, and CATS, on the same weights."""
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats_llm.benchmark.shapes import Shape
+from cats_llm.benchmark.timing import Spread, ratio, take_turns
+from cats_llm.calibration.calibrate import calibrate
+from cats_llm.calibration.profile import Profile
+from cats_llm.kernels import cpu
+from cats_llm.model.accounting import bytes_per_token
+from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.structure import find_gated_mlps
+from cats_llm.model.surgery import densify, set_thresholds, sparsify
+
+_PROMPT = 16
+
+
+def random_model(shape: Shape, layers: int, dtype: torch.dtype) -> nn.Module:
+    """A Mistral-architecture model of a shape with random weights."""
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    config = MistralConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        sliding_window=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    config.dtype = dtype
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+@torch.inference_mode()
+def bench_decode(
+    model: Any,
+    sparsities: list[float],
+    profile: Profile | None = None,
+    batch: int = 1,
+    tokens: int = 16,
+    rounds: int = 7,
+) -> dict[str, Any]:
+    """Time `model.generate` on random prompts with the current number of threads. The model is left dense.
+
+    Args:
+        model: dense, on a CPU.
+        sparsities: gate sparsities to try beside stock transformers and our own dense path.
+        profile: thresholds come from it; without one, from random tokens.
+        batch: sequences at a time.
+        tokens: generated in each turn.
+        rounds: turns of each contestant.
+
+    Returns:
+        ``rows``, one for each contestant, and ``breakdown``, where the time of a token goes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(vocabulary, (batch, _PROMPT), generator=generator)
+    if profile is None:
+        profile = calibrate(model, [torch.randint(vocabulary, (1, 64), generator=generator) for _ in range(4)])
+    stock = densify(_copy_sharing_weights(model))
+    configs = {f"k = {k}": profile.config(k) for k in dict.fromkeys([0.0, *sparsities])}
+    sparsify(model, next(iter(configs.values())))
+    try:
+
+        def ours(name: str) -> Callable[[int], float]:
+            def run(turn: int) -> float:
+                set_thresholds(model, configs[name].thresholds)
+                return _seconds_a_token(model, prompt, tokens)
+
+            return run
+
+        contestants: dict[str, Callable[[int], float]] = {"stock transformers": _stock_runner(stock, prompt, tokens)}
+        contestants |= {name: ours(name) for name in configs}
+        seconds = take_turns(contestants, rounds)
+        read = _read_bandwidth(model)
+        breakdown = {"stock transformers": _breakdown(stock, prompt, tokens)}
+        for name, config in configs.items():
+            set_thresholds(model, config.thresholds)
+            breakdown[name] = _breakdown(model, prompt, tokens)
+        rows = []
+        for name, times in seconds.items():
+            shares = {} if name not in configs else _read_shares(model, configs[name].thresholds, prompt, tokens)
+            moved = bytes_per_token(model, {layer: 1 - share for layer, share in shares.items()}).sparse
+            rows.append(
+                {
+                    "contestant": name,
+                    "batch": batch,
+                    "threads": torch.get_num_threads(),
+                    "rounds": rounds,
+                    "tokens": tokens,
+                    "sparsity_decoded": 1 - sum(shares.values()) / len(shares) if shares else None,
+                    "ms_per_step": vars(Spread.of(1e3 * t for t in times)),
+                    "tokens_per_second": batch / Spread.of(times).median,
+                    "bytes": moved,
+                    "gb_per_s": moved / Spread.of(times).median / 1e9,
+                    "share_of_read_bandwidth": moved / Spread.of(times).median / read,
+                    "speedup_over_stock": vars(ratio(seconds["stock transformers"], times)),
+                    "speedup_over_own_dense": vars(ratio(seconds["k = 0.0"], times)),
+                    "byte_bound": bytes_per_token(model, {}).dense / moved,
+                }
+            )
+        return {"rows": rows, "breakdown": breakdown, "read_gb_per_s": read / 1e9}
+    finally:
+        densify(model)
+
+
+def _copy_sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of a dense model that has only down_proj's weights, which are laid out differently, for itself."""
+    own = {id(mlp.down_linear.weight) for mlp in find_gated_mlps(model)}
+    memo = {id(p): p for p in model.parameters() if id(p) not in own}
+    return copy.deepcopy(model, memo)
+
+
+def _stock_runner(model: nn.Module, prompt: Tensor, tokens: int) -> Callable[[int], float]:
+    return lambda turn: _seconds_a_token(model, prompt, tokens)
+
+
+class _Clock:
+    """Notes when `generate` hands out tokens."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _seconds_a_token(model: Any, prompt: Tensor, tokens: int) -> float:
+    """Median seconds between two tokens, without the prefill."""
+    times = _generate(model, prompt, tokens)
+    return Spread.of(b - a for a, b in itertools.pairwise(times)).median
+
+
+def _generate(model: Any, prompt: Tensor, tokens: int) -> list[float]:
+    if len(prompt) == 1:
+        clock = _Clock()
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+        return clock.times[1:]  # the first is the prompt
+    # a streamer takes one sequence only, so steps of a batch are timed at the model itself
+    times: list[float] = []
+    hook = model.register_forward_hook(lambda *_: times.append(time.perf_counter()))
+    try:
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    finally:
+        hook.remove()
+    return times
+
+
+@contextmanager
+def _stopwatches(model: Any) -> Iterator[dict[str, float]]:
+    """Add up the seconds spent in MLPs and in the other linear layers."""
+    spent = {"mlp": 0.0, "other linear layers": 0.0}
+    starts: dict[nn.Module, float] = {}
+    watched: dict[nn.Module, str] = {mlp.module: "mlp" for mlp in find_gated_mlps(model)}
+    inside = {child for mlp in watched for child in mlp.modules()}
+    watched |= {m: "other linear layers" for m in model.modules() if isinstance(m, nn.Linear) and m not in inside}
+
+    def begin(module: nn.Module, _inputs: Any) -> None:
+        starts[module] = time.perf_counter()
+
+    def end(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        spent[watched[module]] += time.perf_counter() - starts[module]
+
+    hooks = [m.register_forward_pre_hook(begin) for m in watched] + [m.register_forward_hook(end) for m in watched]
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _breakdown(model: Any, prompt: Tensor, tokens: int) -> dict[str, float]:
+    """Milliseconds a decode step by part. Attention, norms, cache, sampling and Python are the rest."""
+    steps: list[dict[str, float]] = []
+    with _stopwatches(model) as spent:
+        last = dict(spent)
+        begun = time.perf_counter()
+
+        def step(*_: Any) -> None:
+            nonlocal last, begun
+            now = time.perf_counter()
+            parts = {name: spent[name] - last[name] for name in spent}
+            steps.append(parts | {"rest": now - begun - sum(parts.values())})
+            last, begun = dict(spent), now
+
+        hook = model.register_forward_hook(step)
+        try:
+            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        finally:
+            hook.remove()
+    return {name: 1e3 * Spread.of(parts[name] for parts in steps[1:]).median for name in steps[0]}
+
+
+def _read_bandwidth(model: nn.Module) -> float:
+    """Bytes a second that a plain read of the MLPs' weights reaches with the current threads."""
+    weights = [w for mlp in find_gated_mlps(model) for w in (mlp.gate_linear.weight, mlp.down_linear.weight.t())]
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for weight in weights:
+            cpu.read(weight)
+        rates.append(sum(w.numel() * w.element_size() for w in weights) / (time.perf_counter() - start))
+    return Spread.of(rates).median
+
+
+def _read_shares(model: Any, thresholds: dict[int, float], prompt: Tensor, tokens: int) -> dict[int, float]:
+    """The share of neurons that a decode step reads, by layer: those that some sequence of the batch keeps."""
+    from cats_llm.kernels.definition import gate_activation, keep_mask
+    from cats_llm.model.structure import GatedMLP, observe_gates
+
+    set_thresholds(model, thresholds)
+    shares: dict[int, list[float]] = {}
+
+    def observe(mlp: GatedMLP, gate: Tensor) -> None:
+        if gate.shape[:-1].numel() == len(prompt):  # a decode step, not the prefill
+            sparse = mlp.module
+            assert isinstance(sparse, SparseMLP)
+            kept = keep_mask(gate_activation(gate, mlp.activation), sparse.threshold).reshape(len(prompt), -1)
+            shares.setdefault(mlp.layer, []).append(kept.any(0).float().mean().item())
+
+    with observe_gates(find_gated_mlps(model), observe):
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    return {layer: sum(values) / len(values) for layer, values in shares.items()}

@@ -1,0 +1,101 @@
+"""One MLP at decode: our kernel at several sparsities, PyTorch's dense MLP, and a plain read of the same bytes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cats_llm.benchmark.shapes import Shape
+from cats_llm.benchmark.timing import Spread, ratio, take_turns
+from cats_llm.kernels import cpu, registry
+from cats_llm.kernels.definition import ACTIVATIONS, gate_activation
+
+# weights that are rotated must be far larger than any cache
+_WORKING_SET = 1_200_000_000
+
+
+class _Layer:
+    """Random weights of one MLP: neuron-major for the kernel, and down_proj once more as PyTorch keeps it."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, x: Tensor, sparsities: list[float]) -> None:
+        d, f = shape.hidden_size, shape.intermediate_size
+        self.gate, self.up, down = (torch.empty(f, d, dtype=dtype).normal_(std=d**-0.5) for _ in range(3))
+        self.down = down.t()
+        self.dense_down = down.t().contiguous()
+        a = gate_activation(F.linear(x, self.gate), ACTIVATIONS["silu"]).abs().float()
+        values = a.flatten().sort().values
+        self.thresholds = [values[round(k * len(values))] if k else values.new_zeros(()) for k in sparsities]
+        # with several tokens a neuron is read if any of them keeps it
+        self.read_shares = [float((a >= t).any(0).float().mean()) for t in self.thresholds]
+
+
+@torch.inference_mode()
+def bench_mlp(
+    shape: Shape, dtype: torch.dtype, sparsities: list[float], tokens: int = 1, rounds: int = 40
+) -> list[dict[str, Any]]:
+    """Time the MLP of a shape with the current number of threads.
+
+    Returns:
+        A row for each contestant: milliseconds, bytes, GB/s, share of the read bandwidth of the same rounds, speed-up
+        over PyTorch's dense MLP and over our own kernel at sparsity 0, and the speed-up that the bytes allow.
+    """
+    torch.manual_seed(0)
+    matrix = shape.hidden_size * shape.intermediate_size * dtype.itemsize
+    x = torch.randn(tokens, shape.hidden_size).to(dtype)
+    layers = [_Layer(shape, dtype, x, sparsities) for _ in range(max(4, -(-_WORKING_SET // (3 * matrix))))]
+
+    def read(turn: int) -> None:
+        layer = layers[turn % len(layers)]
+        for weight in (layer.gate, layer.up, layer.down.t()):
+            cpu.read(weight)
+
+    def dense(turn: int) -> None:
+        layer = layers[turn % len(layers)]
+        F.linear(F.silu(F.linear(x, layer.gate)) * F.linear(x, layer.up), layer.dense_down)
+
+    def sparse(i: int) -> Callable[[int], None]:
+        def run(turn: int) -> None:
+            layer = layers[turn % len(layers)]
+            request = registry.Request(tokens, layer.gate, layer.up, layer.down, "silu")
+            registry.best(request).run(x, layer.gate, layer.up, layer.down, layer.thresholds[i], "silu")
+
+        return run
+
+    names = [f"k = {k}" for k in sparsities]
+    contestants = {"read": read, "torch dense": dense} | {name: sparse(i) for i, name in enumerate(names)}
+    seconds = take_turns(contestants, rounds)
+    own_dense = seconds.get("k = 0.0")
+    rows = []
+    for name, times in seconds.items():
+        share = 1.0
+        if name in names:
+            share = sum(layer.read_shares[names.index(name)] for layer in layers) / len(layers)
+        moved = matrix * (1 + 2 * share)
+        bandwidth = ratio([r * moved / (3 * matrix) for r in seconds["read"]], times)
+        rows.append(
+            {
+                "contestant": name,
+                "shape": shape.name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens": tokens,
+                "threads": torch.get_num_threads(),
+                "rounds": rounds,
+                "kernel": _kernel(name, tokens, layers[0]),
+                "ms": vars(Spread.of(1e3 * t for t in times)),
+                "bytes": round(moved),
+                "gb_per_s": moved / Spread.of(times).median / 1e9,
+                "share_of_read_bandwidth": vars(bandwidth),
+                "speedup_over_torch": vars(ratio(seconds["torch dense"], times)),
+                "speedup_over_own_dense": vars(ratio(own_dense, times)) if own_dense else None,
+                "byte_bound": 3 * matrix / moved,
+            }
+        )
+    return rows
+
+
+def _kernel(contestant: str, tokens: int, layer: _Layer) -> str | None:
+    if not contestant.startswith("k ="):
+        return None
+    return registry.best(registry.Request(tokens, layer.gate, layer.up, layer.down, "silu")).name
