@@ -510,14 +510,15 @@ def test_a_missing_extra_is_one_clear_sentence(monkeypatch, tmp_path, module):
 def test_data_needs_no_extra():
     script = """
 import sys
-sys.modules.update(dict.fromkeys(["matplotlib", "jinja2", "numpy", "markupsafe"]))
+import cats_llm  # whose own dependencies may look for these
+sys.modules.update(dict.fromkeys(["matplotlib", "jinja2"]))
 from cats_llm.report import Report
 from cats_llm.report.html import write_html
 assert Report.from_json(Report("x").to_json()) == Report("x")
 try:
     import cats_llm.report.figures
 except ImportError as error:
-    assert "pip install" in str(error) or "numpy" in str(error), error
+    assert "pip install" in str(error)
 else:
     raise AssertionError
 """
