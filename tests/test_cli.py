@@ -255,7 +255,7 @@ def test_eval_of_a_dense_model(model, cats, tmp_path, read_json, capsys):
     assert "dense model" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["calibrate", "sparsify", "inspect", "generate", "eval"])
+@pytest.mark.parametrize("command", ["calibrate", "sparsify", "inspect", "generate", "eval", "demo"])
 def test_every_command_has_help_with_an_example(cats, capsys, command):
     assert cats(command, "--help") == 0
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
@@ -384,3 +384,19 @@ class TestErrors:
     def test_options(self, fails, good):
         fails(2, "'int3' is none of", "generate", good, "--prompt", "x", "--dtype", "int3")
         fails(2, "'gpu' is no device", "generate", good, "--prompt", "x", "--device", "gpu")
+
+
+def test_demo(cats, tmp_path, read_json, capsys):
+    out = tmp_path / "demo"
+    assert cats("demo", "--out", out, "--samples", 2, "--max-new-tokens", 8) == 0
+    results = read_json(out / "results.json")
+    assert set(results["evaluations"]) == {"dense", "cats-50", "cats-70", "cats-90"}
+    for name in ("cats-50", "cats-70", "cats-90"):
+        assert cats_llm.thresholds(AutoModelForCausalLM.from_pretrained(out / name))
+        target = results["configs"][name]["sparsity"]
+        assert all(abs(s - target) <= 1e-3 for s in results["configs"][name]["layer_sparsity"].values())
+    perplexities = [results["evaluations"][name]["perplexity"] for name in ("dense", "cats-50", "cats-70", "cats-90")]
+    assert perplexities == sorted(perplexities)
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{perplexities[1]:.2f}" in report
+    assert "to the bit" in capsys.readouterr().out

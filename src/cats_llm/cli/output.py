@@ -10,7 +10,9 @@ from rich.table import Table
 
 Item = TypeVar("Item")
 
-console = Console(highlight=False)
+# a file has no width; tables keep theirs there
+_WIDE = 160
+console = Console(highlight=False, width=None if Console().is_terminal else _WIDE)
 progress_console = Console(stderr=True)
 
 
