@@ -1,64 +1,110 @@
-"""Fixtures that several test files share."""
+"""Models are built, calibrated and saved once a session; tests work on copies."""
 
-import json
+import copy
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Phi3Config, Qwen3Config
+from torch import Tensor, nn
 
-from cats_llm import bundled
-from cats_llm.cli.main import main
+import cats_llm
+
+sys.path.insert(0, str(Path(__file__).parent))
+import families
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@dataclass
+class Case:
+    """A family's model, dense and sparse. Tests must not change anything that is kept here."""
+
+    name: str
+    family: families.Family
+    folder: Path
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        return self.family.build()
+
+    @cached_property
+    def ids(self) -> Tensor:
+        return families.ids()
+
+    @cached_property
+    def profile(self) -> cats_llm.Profile:
+        return cats_llm.calibrate(self.dense, [self.ids], data="random tokens")
+
+    @cached_property
+    def config(self) -> cats_llm.CatsConfig:
+        return self.profile.config(0.5)
+
+    @cached_property
+    def dense_logits(self) -> Tensor:
+        return families.logits(self.dense, self.ids)
+
+    @cached_property
+    def reference_logits(self) -> Tensor:
+        """What a CATS model must answer, computed without the package."""
+        with families.Reference(self.dense, self.family, self.config.thresholds) as model:
+            return families.logits(model, self.ids)
+
+    @cached_property
+    def dense_folder(self) -> Path:
+        self.dense.save_pretrained(self.folder / "dense")
+        return self.folder / "dense"
+
+    @cached_property
+    def sparse_folder(self) -> Path:
+        self.sparse().save_pretrained(self.folder / "sparse")
+        return self.folder / "sparse"
+
+    def dense_copy(self) -> nn.Module:
+        return copy.deepcopy(self.dense)
+
+    def sparse(self) -> nn.Module:
+        """A fresh CATS model; it shares nothing with `dense`."""
+        return cats_llm.sparsify(self.dense_copy(), copy.deepcopy(self.config))
 
 
 @pytest.fixture(scope="session")
-def cats():
-    """Run `cats ARGUMENTS` in this process and return its exit code."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    made: dict[str, Case] = {}
 
-    def run(*arguments):
-        return main([str(argument) for argument in arguments])
+    def get(name: str) -> Case:
+        if name not in made:
+            made[name] = Case(name, families.FAMILIES[name], tmp_path_factory.mktemp(name))
+        return made[name]
 
-    return run
+    return get
 
 
-def _tiny(config, folder):
+@pytest.fixture(params=families.FAMILIES)
+def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
+    """Every family in turn."""
+    return cases(request.param)
+
+
+@pytest.fixture
+def llama(cases: Callable[[str], Case]) -> Case:
+    return cases("llama")
+
+
+@pytest.fixture(params=["llama", "phi3"])
+def split_or_fused(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
+    """One family of each structure of MLP, where a matrix of all would prove nothing more."""
+    return cases(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((bundled.model_path() / name).read_bytes())
-    return folder
-
-
-_SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 144,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-
-
-@pytest.fixture(scope="session")
-def model_folders(tmp_path_factory):
-    """Folders of the bundled model, a tiny random Qwen3 and a tiny random Phi-3 (fused gate_up), by name."""
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "bundled": bundled.model_path(),
-        "qwen3": _tiny(Qwen3Config(**_SIZES, head_dim=16), root / "qwen3"),
-        "phi3": _tiny(Phi3Config(**_SIZES), root / "phi3"),
-    }
-
-
-@pytest.fixture(scope="session")
-def read_json():
-    """Read a JSON file."""
-    return lambda path: json.loads(path.read_text(encoding="utf-8"))

@@ -1,19 +1,84 @@
 """Every command as a user types it, on the bundled model and on tiny random ones."""
 
 import hashlib
+import json
 import re
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Qwen3Config,
+)
 
 import cats_llm
 from cats_llm import bundled
+from cats_llm.cli.main import main
 
 TEXT = bundled.calibration_text()
 HELDOUT = bundled.heldout_text()
 SMALL = ("--samples", 4, "--seq-length", 128)
+
+
+@pytest.fixture(scope="session")
+def cats():
+    """Run `cats ARGUMENTS` in this process and return its exit code."""
+
+    def run(*arguments):
+        return main([str(argument) for argument in arguments])
+
+    return run
+
+
+def _tiny(config, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((bundled.model_path() / name).read_bytes())
+    return folder
+
+
+_SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory):
+    """Folders of the bundled model, a tiny random Qwen3 and a tiny random Phi-3 (fused gate_up), by name."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "bundled": bundled.model_path(),
+        "qwen3": _tiny(Qwen3Config(**_SIZES, head_dim=16), root / "qwen3"),
+        "phi3": _tiny(Phi3Config(**_SIZES), root / "phi3"),
+    }
+
+
+@pytest.fixture(scope="session")
+def read_json():
+    """Read a JSON file."""
+    return lambda path: json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", params=["bundled", "qwen3", "phi3"])
@@ -190,7 +255,7 @@ def test_eval_of_a_dense_model(model, cats, tmp_path, read_json, capsys):
     assert "dense model" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["calibrate", "sparsify", "inspect", "generate", "eval"])
+@pytest.mark.parametrize("command", ["calibrate", "sparsify", "inspect", "generate", "eval", "demo"])
 def test_every_command_has_help_with_an_example(cats, capsys, command):
     assert cats(command, "--help") == 0
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
@@ -319,3 +384,19 @@ class TestErrors:
     def test_options(self, fails, good):
         fails(2, "'int3' is none of", "generate", good, "--prompt", "x", "--dtype", "int3")
         fails(2, "'gpu' is no device", "generate", good, "--prompt", "x", "--device", "gpu")
+
+
+def test_demo(cats, tmp_path, read_json, capsys):
+    out = tmp_path / "demo"
+    assert cats("demo", "--out", out, "--samples", 2, "--max-new-tokens", 8) == 0
+    results = read_json(out / "results.json")
+    assert set(results["evaluations"]) == {"dense", "cats-50", "cats-70", "cats-90"}
+    for name in ("cats-50", "cats-70", "cats-90"):
+        assert cats_llm.thresholds(AutoModelForCausalLM.from_pretrained(out / name))
+        target = results["configs"][name]["sparsity"]
+        assert all(abs(s - target) <= 1e-3 for s in results["configs"][name]["layer_sparsity"].values())
+    perplexities = [results["evaluations"][name]["perplexity"] for name in ("dense", "cats-50", "cats-70", "cats-90")]
+    assert perplexities == sorted(perplexities)
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{perplexities[1]:.2f}" in report
+    assert "to the bit" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """CatsConfig: the `quantization_config` of a CATS checkpoint, and its rules (docs/checkpoint.md)."""
 
-import math
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from cats_llm.errors import CatsError
 
 QUANT_METHOD = "cats"
 VERSION = 1
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
@@ -35,14 +36,14 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         **unknown: Any,
     ) -> None:
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise CatsError(f"the CATS config has version {version!r}; it must be a positive whole number.")
+            raise CatsError(f"the CATS config has version {short(version)}; it must be a positive whole number.")
         if version > VERSION:
             raise CatsError(
                 f"the CATS config has version {version}, newer than {VERSION}, the newest that this cats-llm reads; "
                 "upgrade cats-llm."
             )
         if quant_method != QUANT_METHOD:
-            raise CatsError(f"quant_method is {quant_method!r}; a CATS config says {QUANT_METHOD!r}.")
+            raise CatsError(f"quant_method is {short(quant_method)}; a CATS config says {QUANT_METHOD!r}.")
         if unknown:
             raise CatsError(
                 f"the CATS config has unknown keys ({', '.join(sorted(unknown))}); it was damaged, or written by "
@@ -50,7 +51,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
             )
         self.quant_method = QUANT_METHOD
         self.version = version
-        self.thresholds = _by_layer("thresholds", thresholds, upper=math.inf)
+        self.thresholds = _by_layer("thresholds", thresholds, upper=_LARGEST)
         if not self.thresholds:
             raise CatsError("the CATS config has no thresholds; give one a layer.")
         # what the model computes with
@@ -58,7 +59,9 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.sparsity = None if sparsity is None else check_sparsity(sparsity)
         self.layer_sparsity = _by_layer("layer_sparsity", layer_sparsity or {}, upper=1.0)
         if calibration is not None and not isinstance(calibration, Mapping):
-            raise CatsError(f"calibration in the CATS config is {calibration!r}; it must be a record (a JSON object).")
+            raise CatsError(
+                f"calibration in the CATS config is {short(calibration)}; it must be a record (a JSON object)."
+            )
         self.calibration = dict(calibration or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,14 +91,16 @@ def check_sparsity(value: object) -> float:
 def _by_layer(key: str, values: object, upper: float) -> dict[int, float]:
     """{layer: value} from JSON, with string keys, or from Python, sorted by layer."""
     if not isinstance(values, Mapping):
-        raise CatsError(f"{key} in the CATS config must map each layer index to a number, but it is {values!r}.")
+        raise CatsError(f"{key} in the CATS config must map each layer index to a number, but it is {short(values)}.")
     checked = {}
     for layer, value in values.items():
         if isinstance(layer, bool) or not str(layer).isdecimal():
-            raise CatsError(f"{key} in the CATS config has the key {layer!r}; keys are layer indices (0, 1, ...).")
+            raise CatsError(f"{key} in the CATS config has the key {short(layer)}; keys are layer indices (0, 1, ...).")
         # not (0 <= NaN) holds too
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= upper:
-            raise CatsError(f"{key} of layer {layer} in the CATS config is {value!r}; it must be a number >= 0.")
+            raise CatsError(
+                f"{key} of layer {layer} in the CATS config is {short(value)}; it must be from 0 to {upper:.7g}."
+            )
         checked[int(layer)] = float(value)
     if len(checked) != len(values):
         raise CatsError(f"{key} in the CATS config names a layer twice.")

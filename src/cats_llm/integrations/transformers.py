@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -25,11 +26,12 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # non-persistent buffers come out of loading uninitialised
         set_thresholds(model, self.quantization_config.thresholds)
-        prepare_decode(model)
+        _unmark_quantized(model)
         if not self.pre_quantized:
             # a dense checkpoint with a config given by hand: nobody has compared the functions yet
             for mlp in self.__dict__.pop("_mlps"):
                 check_function(mlp)
+        prepare_decode(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
@@ -45,14 +47,18 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
         return True
 
     @property
-    def is_qat_trainable(self) -> bool:
-        """The weights themselves can be trained, not only adapters."""
-        return True
-
-    @property
     def is_compileable(self) -> bool:
         """`generate` may compile a CATS model."""
         return True
+
+
+def _unmark_quantized(model: nn.Module) -> None:
+    """Take back the marks that forbid casting and training: the weights of a CATS model are ordinary ones."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
+    for attribute in ("is_quantized", "quantization_method"):
+        vars(model).pop(attribute, None)
 
 
 def register() -> None:

@@ -9,6 +9,15 @@ from cats_llm.kernels import cpu, registry
 from cats_llm.kernels.definition import cats_activation
 from cats_llm.model.structure import GatedMLP, activation_name
 
+# where nn.Module keeps the hooks of its calls
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 class SparseMLP(nn.Module):
     """``down(CATS_t(act(gate(x))) * up(x))`` with the projections of the dense module, under the same names.
@@ -33,6 +42,9 @@ class SparseMLP(nn.Module):
         super().__init__()
         # not registered: its children are ours, and the state dict must not name them twice
         self.__dict__["_dense"] = mlp.module
+        # one set of hooks for both: what was attached before stays, what is attached later stays after densify
+        for attribute in _HOOKS:
+            setattr(self, attribute, getattr(mlp.module, attribute))
         for name, child in mlp.module.named_children():
             self.add_module(name, child)
             if child is mlp.activation:

@@ -119,11 +119,7 @@ def _forget_config(base: nn.Module) -> None:
     config = getattr(base, "config", None)
     if config is not None and isinstance(getattr(config, "quantization_config", None), CatsConfig):
         del config.quantization_config
-        # what transformers sets on a model that it loaded through a quantizer
-        for module in base.modules():
-            getattr(module, "config", config).__dict__.pop("_is_quantized", None)
-        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-            base.__dict__.pop(attribute, None)
+        vars(base).pop("hf_quantizer", None)
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:
