@@ -2,8 +2,8 @@
 
     python benchmarks/kernel_mlp.py --shape 4096,14336 --dtype bfloat16 --threads 1,2
 
-Several layers are rotated so that no weight is still cached, and all contestants take turns, so that a machine that slows
-down slows all of them. Reported: medians, and each one's GB/s as a share of the read loop's in the same round.
+Several layers are rotated so that no weight is still cached, and all contestants take turns, so that a machine that
+slows down slows all of them. Reported: medians, and each one's GB/s as a share of the read loop's in the same round.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def bench(
 
 
 def main() -> None:
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4096,14336", help="d,f")
     parser.add_argument("--dtype", default="bfloat16")
