@@ -8,9 +8,9 @@
 namespace cats {
 namespace {
 
-// Up to this many tokens rows are read one at a time, as one stream that the hardware prefetches best; with more, x comes
-// from the cache so often that several rows must share it.
-constexpr int64_t kStreamTokens = 4;
+// One token reads rows one at a time, as the single stream that the hardware prefetches best. Several tokens fetch x and y
+// from the cache so often that rows must share them: kDotRows share x, kAddRows share y.
+constexpr int kAddRows = 8;
 
 template <class T>
 const T* row(const void* w, int64_t ld, int64_t j) {
@@ -65,7 +65,7 @@ int64_t dot_tiles(const void* w, int64_t ld, Range range, const void* packed, in
 
 template <class T, class Visit>
 void dot_rows(const void* w, int64_t ld, Range range, const void* packed, int64_t n, int64_t d, Visit visit) {
-  if (n > kStreamTokens) range.begin = dot_tiles<T, kTileRows>(w, ld, range, packed, n, d, visit);
+  if (n > 1) range.begin = dot_tiles<T, kDotRows>(w, ld, range, packed, n, d, visit);
   dot_tiles<T, 1>(w, ld, range, packed, n, d, visit);
 }
 
@@ -121,8 +121,14 @@ int64_t up_down_tiles(const Mlp& m, const void* packed, const float* a, const in
       down[r] = row<T>(m.w_down, m.ld_down, alive[k + r]);
       next[r] = k + R + r < count ? row<T>(m.w_up, m.ld_up, alive[k + R + r]) : down[r];
     }
+    for (int64_t later = k + 2 * R; later < k + 3 * R && later < count; ++later) {
+      announce(row<T>(m.w_up, m.ld_up, alive[later]), m.d);
+      announce(row<T>(m.w_down, m.ld_down, alive[later]), m.d);
+    }
     float scale[R * kMaxTokens];
-    dot<T, R>(up, down, static_cast<const typename Dot<T>::X*>(packed), m.n, m.d, scale);
+    constexpr int D = R < kDotRows ? R : kDotRows;
+    for (int r = 0; r < R; r += D)
+      dot<T, D>(up + r, down + r, static_cast<const typename Dot<T>::X*>(packed), m.n, m.d, scale + r * kMaxTokens);
     for (int r = 0; r < R; ++r) {
       const float bias = element<T>(m.b_up, alive[k + r]);
       for (int64_t i = 0; i < m.n; ++i) {
@@ -142,7 +148,7 @@ void up_down(const Mlp& m, const void* packed, const float* a, const int32_t* al
   if (m.n == 1) {
     up_down_tiles<T, 1, 1>(m, packed, a, alive, 0, count, partial);
   } else {
-    const int64_t done = m.n > kStreamTokens ? up_down_tiles<T, kTileRows, 0>(m, packed, a, alive, 0, count, partial) : 0;
+    const int64_t done = up_down_tiles<T, kAddRows, 0>(m, packed, a, alive, 0, count, partial);
     up_down_tiles<T, 1, 0>(m, packed, a, alive, done, count, partial);
   }
 }

@@ -14,7 +14,7 @@ namespace cats {
 namespace {
 
 // Bytes by which prefetching runs ahead of the loads: about the memory latency times a core's bandwidth.
-constexpr int64_t kAhead = 4096;
+constexpr int64_t kAhead = 6144;
 
 // Runs ahead of a row and, near its end, into the row that will be read next.
 struct Prefetcher {
@@ -37,6 +37,17 @@ struct Prefetcher {
     for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line);
   }
 };
+
+// Touches the first lines of each page of a row that will be read soon but that nothing predicts: its address translation
+// and the hardware's own prefetching are then under way when the Prefetcher arrives.
+template <class T>
+void announce(const T* row, int64_t d) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t offset = 0; offset < d * int64_t(sizeof(T)); offset += 4096) {
+    __builtin_prefetch(p + offset);
+    __builtin_prefetch(p + offset + 64);
+  }
+}
 
 // How weights of type T meet x: as float32 vectors, unless the instruction set specialises it.
 template <class T>
@@ -78,10 +89,11 @@ struct Tail {
   }
 };
 
-// out[r, i] = rows[r] . x_i for R rows and N tokens; rows of `out` are kMaxTokens long. `x` points at the first of these tokens among `n` packed ones.
+// out[r, i] = rows[r] . x_i for R rows and N tokens; rows of `out` are kMaxTokens long. `x` points at the first of these
+// tokens among `n` packed ones. Prefetches from `ahead` on into `next`.
 template <class T, int R, int N>
-void dot_tile(const T* const* rows, const T* const* next, const typename Dot<T>::X* x, int64_t n, int64_t d,
-              float* out) {
+void dot_tile(const T* const* rows, const T* const* ahead, const T* const* next, const typename Dot<T>::X* x, int64_t n,
+              int64_t d, float* out) {
   using D = Dot<T>;
   constexpr int steps = kChunk / D::width;
   // enough independent sums to hide the latency of an addition, few enough to stay in registers
@@ -110,7 +122,7 @@ void dot_tile(const T* const* rows, const T* const* next, const typename Dot<T>:
   };
 
   Prefetcher prefetch[R];
-  for (int r = 0; r < R; ++r) prefetch[r].start(rows[r], next[r], d);
+  for (int r = 0; r < R; ++r) prefetch[r].start(ahead[r], next[r], d);
   const int64_t whole = d - d % kChunk;
   for (int64_t c = 0; c < whole; c += kChunk) {
     CATS_UNROLL
@@ -127,19 +139,19 @@ void dot_tile(const T* const* rows, const T* const* next, const typename Dot<T>:
     }
 }
 
-// out[r, i] = rows[r] . x_i for R rows and all n tokens. The rows are read from memory once, then from the cache.
+// out[r, i] = rows[r] . x_i for R rows and all n tokens. The rows are read from memory once, then from the cache; what is
+// computed from the cache gives time to fetch the next rows.
 template <class T, int R>
-void dot(const T* const* rows, const T* const* next, const typename Dot<T>::X* x, int64_t n, int64_t d,
-         float* out) {
-  for (int64_t i = 0; i < n; i += 4) {
+void dot(const T* const* rows, const T* const* next, const typename Dot<T>::X* x, int64_t n, int64_t d, float* out) {
+  const T* const* ahead = rows;
+  for (int64_t i = 0; i < n; i += 4, ahead = next) {
     const auto xi = x + i * kChunk;
     switch (n - i) {
-      case 1: dot_tile<T, R, 1>(rows, next, xi, n, d, out + i); break;
-      case 2: dot_tile<T, R, 2>(rows, next, xi, n, d, out + i); break;
-      case 3: dot_tile<T, R, 3>(rows, next, xi, n, d, out + i); break;
-      default: dot_tile<T, R, 4>(rows, next, xi, n, d, out + i);
+      case 1: dot_tile<T, R, 1>(rows, ahead, next, xi, n, d, out + i); break;
+      case 2: dot_tile<T, R, 2>(rows, ahead, next, xi, n, d, out + i); break;
+      case 3: dot_tile<T, R, 3>(rows, ahead, next, xi, n, d, out + i); break;
+      default: dot_tile<T, R, 4>(rows, ahead, next, xi, n, d, out + i);
     }
-    next = rows;  // already on its way
   }
 }
 
@@ -150,16 +162,25 @@ void add_rows(const T* const* rows, const T* const* next, const float* scale, in
   const int64_t n = N ? N : tokens;
   const auto add_chunk = [&](const T* const* w, int64_t offset, float* yc) CATS_ALWAYS_INLINE {
     CATS_UNROLL
-    for (int64_t s = 0; s < kChunk; s += Vec::lanes) {
-      Vec weights[R];
+    for (int64_t s = 0; s < kChunk; s += kAddVectors * Vec::lanes) {
+      Vec weights[R][kAddVectors];
       CATS_UNROLL
-      for (int r = 0; r < R; ++r) weights[r] = load(w[r] + offset + s);
+      for (int r = 0; r < R; ++r)
+        CATS_UNROLL
+        for (int v = 0; v < kAddVectors; ++v) weights[r][v] = load(w[r] + offset + s + v * Vec::lanes);
       for (int64_t i = 0; i < n; ++i) {
         float* yi = yc + i * kChunk + s;
-        Vec total = load(yi);
+        Vec total[kAddVectors];
         CATS_UNROLL
-        for (int r = 0; r < R; ++r) total = madd(set(scale[r * kMaxTokens + i]), weights[r], total);
-        store(yi, total);
+        for (int v = 0; v < kAddVectors; ++v) total[v] = load(yi + v * Vec::lanes);
+        CATS_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const Vec factor = set(scale[r * kMaxTokens + i]);
+          CATS_UNROLL
+          for (int v = 0; v < kAddVectors; ++v) total[v] = madd(factor, weights[r][v], total[v]);
+        }
+        CATS_UNROLL
+        for (int v = 0; v < kAddVectors; ++v) store(yi + v * Vec::lanes, total[v]);
       }
     }
   };

@@ -8,7 +8,8 @@
 namespace cats {
 namespace {
 
-constexpr int kTileRows = 2;  // 2 x 4 accumulators and their operands fit 16 registers
+constexpr int kDotRows = 2;  // 2 x 4 accumulators and their operands fit 16 registers
+constexpr int kAddVectors = 1;
 
 struct Vec {
   static constexpr int lanes = 8;

@@ -8,7 +8,8 @@
 namespace cats {
 namespace {
 
-constexpr int kTileRows = 4;  // 4 x 4 accumulators and their operands fit 32 registers
+constexpr int kDotRows = 4;  // 4 x 4 accumulators and their operands fit 32 registers
+constexpr int kAddVectors = 2;
 
 struct Vec {
   static constexpr int lanes = 4;

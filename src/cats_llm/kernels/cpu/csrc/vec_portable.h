@@ -10,7 +10,8 @@
 namespace cats {
 namespace {
 
-constexpr int kTileRows = 2;  // rows of weights that share one pass over x when there are many tokens
+constexpr int kDotRows = 2;  // rows of weights that share one pass over x when there are many tokens
+constexpr int kAddVectors = 1;
 
 struct Vec {
   static constexpr int lanes = 4;

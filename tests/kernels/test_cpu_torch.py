@@ -1,0 +1,109 @@
+"""The operators as parts of PyTorch: shapes, dispatch, compilation, errors, and the registry."""
+
+import pytest
+import torch
+from cpu_cases import make
+
+from cats_llm.kernels import cpu, registry
+from cats_llm.kernels.registry import Request
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without the CPU kernels")
+
+
+def test_leading_dimensions_and_non_contiguous_x():
+    case = make(6, 33, 20, torch.bfloat16)
+    flat = case.run()
+    case.x = case.x.view(2, 3, 33)
+    assert torch.equal(case.run(), flat.view(2, 3, 33))
+    case.x = case.x.transpose(0, 1)
+    assert torch.equal(case.run(), flat.view(2, 3, 33).transpose(0, 1))
+    case.x = flat[:0]
+    assert case.run().shape == (0, 33)
+    case.x = flat[0]
+    assert case.run().shape == (33,)
+
+
+def test_linear_shapes():
+    w = torch.randn(5, 7)
+    assert cpu.linear(torch.randn(2, 3, 7), w).shape == (2, 3, 5)
+    assert cpu.linear(torch.randn(7), w).shape == (5,)
+    assert cpu.linear(torch.randn(0, 7), w).shape == (0, 5)
+
+
+def operands(**changes):
+    case = make(2, 8, 6, torch.float32, bias=True)
+    args = {**vars(case), **changes}
+    return tuple(args.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.randn(2, 9)}, "w_gate has the wrong shape"),
+        ({"x": torch.randn(2, 8).double()}, "float32, bfloat16 or float16"),
+        ({"w_up": torch.randn(6, 8).half()}, "w_up must have the dtype"),
+        ({"w_gate": torch.randn(8, 6).t()}, "w_gate must have adjacent columns"),
+        ({"w_down": torch.randn(8, 6)}, "neuron-major"),
+        ({"w_down": torch.randn(6, 8)}, "w_down has the wrong shape"),
+        ({"threshold": torch.zeros(5)}, "threshold must have the shape"),
+        ({"threshold": torch.tensor(0.0).double()}, "threshold must be float32"),
+        ({"activation": "tanh"}, "unknown activation tanh"),
+        ({"b_up": torch.zeros(5)}, "b_up has the wrong shape"),
+        ({"b_down": torch.zeros(8).half()}, "b_down must have the dtype"),
+    ],
+)
+def test_what_it_cannot_do_it_says(changes, message, capfd):
+    with pytest.raises(RuntimeError, match=message):
+        cpu.gated_mlp(*operands(**changes))
+
+
+def test_a_strided_bias_and_an_expanded_threshold():
+    case = make(2, 8, 6, torch.float32, bias=True)
+    plain = case.run()
+    case.b_up = torch.stack([case.b_up, case.b_up], 1)[:, 0]
+    case.threshold = case.threshold.expand(6)
+    assert torch.equal(case.run(), plain)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.cats_llm.gated_mlp.default, operands())
+    torch.library.opcheck(torch.ops.cats_llm.gated_mlp.default, operands()[:6])
+    torch.library.opcheck(torch.ops.cats_llm.linear.default, (torch.randn(2, 8), torch.randn(3, 8), torch.randn(3)))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of Inductor itself
+@torch.no_grad()
+def test_compiles_as_one_operator(backend):
+    case = make(2, 64, 50, torch.bfloat16)
+
+    def layer(x, w_gate, w_up, w_down, threshold):
+        h = cpu.gated_mlp(x * 2, w_gate, w_up, w_down, threshold, "gelu")
+        return cpu.linear(h, w_gate) + 1
+
+    args = case.x, case.w_gate, case.w_up, case.w_down, case.threshold
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(*args), layer(*args))
+
+
+def request(tokens=1, dtype=torch.bfloat16, activation="silu", device="cpu", row_major=False):
+    w = torch.empty(6, 8, dtype=dtype, device=device)
+    down = torch.empty(8, 6, dtype=dtype, device=device) if row_major else w.t()
+    return Request(tokens, w, w, down, activation)
+
+
+@torch.no_grad()
+def test_the_registry_chooses_it_where_it_serves():
+    assert registry.best(request()).name == "cpu"
+    assert registry.best(request(tokens=registry.MAX_DECODE_TOKENS)).name == "cpu"
+    assert registry.best(request(dtype=torch.float32)).run is cpu.gated_mlp
+    for other in (
+        request(tokens=registry.MAX_DECODE_TOKENS + 1),
+        request(dtype=torch.float64),
+        request(activation="tanh"),
+        request(device="meta"),
+        request(row_major=True),
+    ):
+        assert not cpu.supports(other)
+    with torch.enable_grad():
+        assert not cpu.supports(request())
