@@ -2,20 +2,17 @@
 
 import copy
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from torch import Tensor, nn
 
 import cats_llm
-
-sys.path.insert(0, str(Path(__file__).parent))
-import families  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

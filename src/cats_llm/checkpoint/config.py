@@ -59,7 +59,9 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.sparsity = None if sparsity is None else check_sparsity(sparsity)
         self.layer_sparsity = _by_layer("layer_sparsity", layer_sparsity or {}, upper=1.0)
         if calibration is not None and not isinstance(calibration, Mapping):
-            raise CatsError(f"calibration in the CATS config is {short(calibration)}; it must be a record (a JSON object).")
+            raise CatsError(
+                f"calibration in the CATS config is {short(calibration)}; it must be a record (a JSON object)."
+            )
         self.calibration = dict(calibration or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +99,8 @@ def _by_layer(key: str, values: object, upper: float) -> dict[int, float]:
         # not (0 <= NaN) holds too
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= upper:
             raise CatsError(
-                f"{key} of layer {layer} in the CATS config is {short(value)}; it must be a number from 0 to {upper:.7g}."
+                f"{key} of layer {layer} in the CATS config is {short(value)}; "
+                f"it must be a number from 0 to {upper:.7g}."
             )
         checked[int(layer)] = float(value)
     if len(checked) != len(values):
