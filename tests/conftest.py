@@ -1,7 +1,10 @@
 """Models are built, calibrated and saved once a session; tests work on copies."""
 
-import copy
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import cats_llm
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @dataclass
