@@ -1,24 +1,21 @@
 """Models are built, calibrated and saved once a session; tests work on copies."""
 
-import copy
 import os
-import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from torch import Tensor, nn
 
 import cats_llm
-
-sys.path.insert(0, str(Path(__file__).parent))
-import families
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @dataclass

@@ -65,7 +65,7 @@ class Family:
                 if parameter.dim() >= 2 and "embed" not in name:
                     parameter.normal_(0, 1.5 / math.sqrt(parameter[0].numel()))
                 elif parameter.dim() >= 2:
-                    parameter.normal_(0, 0.5)
+                    parameter.normal_(0, 0.03)  # small, so that the layers, not the last token, decide the next one
                 elif name.endswith("bias"):
                     parameter.normal_(0, 0.3)
                 else:

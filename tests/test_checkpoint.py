@@ -59,9 +59,6 @@ def edit(folder, target, change):
     return target
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
 def test_weight_files_are_those_of_the_dense_model(case):
     assert digests(case.sparse_folder) == digests(case.dense_folder)
     assert len(digests(case.sparse_folder)) == 1
@@ -97,8 +94,6 @@ def test_densified_checkpoint_is_the_dense_one(split_or_fused, tmp_path):
     dense = json.loads((split_or_fused.dense_folder / "config.json").read_text())
     assert json.loads((tmp_path / "config.json").read_text()) == dense
 
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 RELOAD = """
 import json, sys
@@ -139,7 +134,7 @@ def test_a_new_process_computes_the_same_logits_to_the_bit(case, reloaded):
     found, facts = reloaded
     model = case.sparse()
     assert torch.equal(found[case.name], logits(model, case.ids))
-    # matrix-vector products round by the alignment of weights in memory, in a dense model too: so loaded with loaded
+    # how a matrix-vector product rounds depends on where the weights lie in memory, so compare loaded with loaded
     model = load(case.sparse_folder, case.family)
     assert torch.equal(found[case.name + " one token"], logits(model, case.ids[:1, :1]))
     assert facts[case.name]["thresholds"] == {str(layer): t for layer, t in case.config.thresholds.items()}
@@ -288,9 +283,6 @@ def test_without_import_the_model_is_the_dense_one_and_transformers_warns(llama,
     assert cats_llm.thresholds(load(tmp_path / "saved")) == llama.config.thresholds
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
 def _set(key, value):
     return lambda entry: entry.__setitem__(key, value)
 
@@ -380,8 +372,6 @@ def test_a_file_with_a_threshold_tensor_does_not_change_the_thresholds(llama, tm
     assert cats_llm.thresholds(model) == llama.config.thresholds
 
 
-# --- the config as a value --------------------------------------------------------------------------------------------
-
 numbers = st.floats(0, torch.finfo(torch.float32).max, width=32)
 records = st.dictionaries(st.text(), st.none() | st.integers() | st.floats(allow_nan=False) | st.text(), max_size=3)
 
@@ -426,10 +416,9 @@ keys = st.sampled_from(["thresholds", "sparsity", "layer_sparsity", "calibration
 def test_any_json_is_a_config_or_a_cats_error(entry):
     try:
         config = CatsConfig.from_dict(entry)
-    except CatsError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-    else:
-        assert CatsConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    except CatsError:
+        return
+    assert CatsConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_a_config_does_not_follow_what_it_was_made_from():

@@ -27,9 +27,6 @@ def addresses(model):
     return {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
 
 
-# --- the function -----------------------------------------------------------------------------------------------------
-
-
 def test_logits_equal_the_reference(case):
     actual = logits(case.sparse(), case.ids)
     torch.testing.assert_close(actual, case.reference_logits, rtol=1e-5, atol=1e-5)
@@ -98,9 +95,6 @@ def test_nan_reaches_the_logits(split_or_fused):
         weight[0, 0] = float("nan")
     assert logits(model, split_or_fused.ids).isnan().all()
     assert logits(model, split_or_fused.ids[:, :1]).isnan().all()
-
-
-# --- the model around it ----------------------------------------------------------------------------------------------
 
 
 def test_weights_are_neither_copied_nor_renamed(case):
@@ -231,8 +225,6 @@ def test_hooks_on_an_mlp_keep_working(llama, sparsify_first):
     assert len(calls) == 2
 
 
-# --- thresholds stay exact --------------------------------------------------------------------------------------------
-
 CASTS = {
     "to(bfloat16)": lambda model: model.to(torch.bfloat16),
     "half": lambda model: model.half(),
@@ -266,9 +258,6 @@ def test_a_copy_is_a_model_of_its_own(split_or_fused, copier):
     assert cats_llm.thresholds(model) == split_or_fused.config.thresholds
     assert torch.equal(logits(cats_llm.densify(twin), split_or_fused.ids), split_or_fused.dense_logits)
     torch.testing.assert_close(logits(model, split_or_fused.ids), split_or_fused.reference_logits)
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", families.REFUSED)

@@ -82,7 +82,9 @@ class _Counter:
 
     def run(self, model: nn.Module, batch: Batch) -> None:
         inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        ids = inputs["input_ids"]
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise CatsError(f"a calibration batch has no input_ids, only {', '.join(map(str, inputs)) or 'nothing'}.")
         if ids.dim() != 2:
             raise CatsError(f"a calibration batch has the shape {tuple(ids.shape)}; it must be (sequences, tokens).")
         if ids.numel() == 0:

@@ -17,8 +17,8 @@ class MagnitudeDistribution:
     """How many activations have which magnitude.
 
     Attributes:
-        edges: float32, (m,), ascending from 0. Each one is a threshold that no counted magnitude sits on the wrong
-            side of: ``counts[:i].sum()`` magnitudes are below ``edges[i]``, exactly.
+        edges: float32, (m,), ascending from 0. ``counts[:i].sum()`` magnitudes are below ``edges[i]``: exactly, if
+            they come from 16-bit gates; give or take what one bin of the histogram holds, if from wider ones.
         counts: int64, (m,), all positive: the magnitudes from ``edges[i]`` up to ``edges[i + 1]``.
         maximum: the largest magnitude.
         zeros: how many magnitudes are exactly zero; if any, they are the first group.
@@ -30,7 +30,6 @@ class MagnitudeDistribution:
     zeros: int
 
     def __post_init__(self) -> None:
-        ascending = bool((self.edges.diff() > 0).all())
         if not (
             self.edges.dtype == torch.float32
             and self.counts.dtype == torch.int64
@@ -38,9 +37,10 @@ class MagnitudeDistribution:
             and self.edges.shape == self.counts.shape
             and len(self.edges) > 0
             and self.edges[0] == 0
-            and ascending
+            and bool((self.edges.diff() > 0).all())
             and bool(self.edges.isfinite().all())
             and bool((self.counts > 0).all())
+            and self.counts.double().sum() < 2**62
             and self.edges[-1] <= self.maximum < float("inf")
             and self.zeros in (0, self.counts[0].item())
         ):

@@ -114,5 +114,5 @@ class Profile:
                 return cls(layers, dict(header["record"]))
         except CatsError:
             raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             raise CatsError(f"{path} is not a calibration profile, or it is damaged; calibrate again.") from error

@@ -99,7 +99,8 @@ def _by_layer(key: str, values: object, upper: float) -> dict[int, float]:
         # not (0 <= NaN) holds too
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= upper:
             raise CatsError(
-                f"{key} of layer {layer} in the CATS config is {short(value)}; it must be from 0 to {upper:.7g}."
+                f"{key} of layer {layer} in the CATS config is {short(value)}; "
+                f"it must be a number from 0 to {upper:.7g}."
             )
         checked[int(layer)] = float(value)
     if len(checked) != len(values):
