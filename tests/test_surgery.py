@@ -39,7 +39,9 @@ def test_logits_equal_the_reference_in_every_dtype(split_or_fused, dtype):
     sparse, dense = split_or_fused.sparse().to(dtype), split_or_fused.dense_copy().to(dtype)
     with families.Reference(dense, split_or_fused.family, split_or_fused.config.thresholds):
         expected = logits(dense, split_or_fused.ids)
-    torch.testing.assert_close(logits(sparse, split_or_fused.ids), expected, rtol=0, atol=0)
+    # down_proj is laid out for decode, for which PyTorch chooses another product in some dtypes
+    atol = {torch.float16: 2e-2, torch.bfloat16: 2e-1}.get(dtype, 1e-5)
+    torch.testing.assert_close(logits(sparse, split_or_fused.ids), expected, rtol=0, atol=atol)
 
 
 def test_only_the_mlps_of_the_text_layers_become_sparse(case):
@@ -102,7 +104,15 @@ def test_weights_are_neither_copied_nor_renamed(case):
     before, parameters = addresses(model), [name for name, _ in model.named_parameters()]
     cats_llm.sparsify(model, case.config)
     assert list(addresses(model)) == list(before)
-    assert addresses(model) == before
+    after = addresses(model)
+    moved = {name for name in before if after[name] != before[name]}
+    # a CPU's decode kernels need down_proj neuron-major: laid out anew, once, with no second copy
+    assert all(name.endswith("mlp.down_proj.weight") for name in moved)
+    for name in moved:
+        weight = model.get_parameter(name)
+        assert weight.stride() == (1, weight.shape[0])
+        assert weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    assert bool(moved) == cpu.available()
     assert [name for name, _ in model.named_parameters()] == parameters
 
 
@@ -346,7 +356,7 @@ def test_a_plain_module_that_transformers_does_not_know():
         for mlp in model:
             expected = families.reference_mlp(mlp, expected, 0.1, nn.functional.silu, fused=False)
         cats_llm.sparsify(model, CatsConfig(thresholds={0: 0.1, 1: 0.1}))
-        assert torch.equal(model(x), expected)
+        torch.testing.assert_close(model(x), expected)
         cats_llm.densify(model)
     assert not any(isinstance(module, SparseMLP) for module in model.modules())
 
