@@ -48,7 +48,7 @@ void pack(const void* x, int64_t n, int64_t d, void* packed) {
 
 // Calls visit(first row, sums) for tiles of R rows; sums[r, i] = row . x_i.
 template <class T, int R, class Visit>
-int64_t dot_tiles(const void* w, int64_t ld, Range range, const void* packed, int64_t n, int64_t d, Visit visit) {
+int64_t dot_row_tiles(const void* w, int64_t ld, Range range, const void* packed, int64_t n, int64_t d, Visit visit) {
   int64_t j = range.begin;
   for (; j + R <= range.end; j += R) {
     const T *rows[R], *next[R];
@@ -65,8 +65,8 @@ int64_t dot_tiles(const void* w, int64_t ld, Range range, const void* packed, in
 
 template <class T, class Visit>
 void dot_rows(const void* w, int64_t ld, Range range, const void* packed, int64_t n, int64_t d, Visit visit) {
-  if (n > 1) range.begin = dot_tiles<T, kDotRows>(w, ld, range, packed, n, d, visit);
-  dot_tiles<T, 1>(w, ld, range, packed, n, d, visit);
+  if (n > 1) range.begin = dot_row_tiles<T, kDotRows>(w, ld, range, packed, n, d, visit);
+  dot_row_tiles<T, 1>(w, ld, range, packed, n, d, visit);
 }
 
 // In place: act(gate rounded to T), as the definition has it.

@@ -182,7 +182,7 @@ int main(int argc, char** argv) {
     run_activations(kernels);
     for (int round = 0; round < rounds; ++round) {
       const auto dtype = Dtype(round % 3);
-      const int64_t n = integer(1, kMaxTokens), d = integer(1, 200), f = integer(1, 150);
+      const int64_t n = integer(1, kMaxTokens), d = round % 10 ? integer(1, 200) : integer(1000, 2200), f = integer(1, 150);
       const int threads = integer(1, 3);
       const bool ok = check_gated_mlp(kernels, dtype, n, d, f, threads) && check_linear(kernels, dtype, n, d, f, threads);
       ++(ok ? passed : failed);

@@ -89,69 +89,98 @@ struct Tail {
   }
 };
 
-// out[r, i] = rows[r] . x_i for R rows and N tokens; rows of `out` are kMaxTokens long. `x` points at the first of these
-// tokens among `n` packed ones. Prefetches from `ahead` on into `next`.
+// The dot products of R rows with N tokens, in the making.
 template <class T, int R, int N>
-void dot_tile(const T* const* rows, const T* const* ahead, const T* const* next, const typename Dot<T>::X* x, int64_t n,
-              int64_t d, float* out) {
+struct Tile {
   using D = Dot<T>;
-  constexpr int steps = kChunk / D::width;
+  static constexpr int steps = kChunk / D::width;
   // enough independent sums to hide the latency of an addition, few enough to stay in registers
-  constexpr int sums = R * N > 4 ? 1 : R * N > 1 ? 2 : steps < 4 ? steps : 4;
-  Vec acc[R][N][sums];
-  CATS_UNROLL
-  for (int r = 0; r < R; ++r)
-    CATS_UNROLL
-    for (int i = 0; i < N; ++i)
-      CATS_UNROLL
-      for (int k = 0; k < sums; ++k) acc[r][i][k] = set(0.0f);
+  static constexpr int sums = R * N > 4 ? 1 : R * N > 1 ? 2 : steps < 4 ? steps : 4;
+  Vec state[R][N][sums];
 
-  const auto add_chunk = [&](const T* const* w, int64_t offset, const typename D::X* xc) CATS_ALWAYS_INLINE {
-    CATS_UNROLL
-    for (int s = 0; s < steps; ++s) {
-      decltype(D::weights(w[0])) weights[R];
-      CATS_UNROLL
-      for (int r = 0; r < R; ++r) weights[r] = D::weights(w[r] + offset + s * D::width);
-      CATS_UNROLL
-      for (int i = 0; i < N; ++i) {
-        const auto inputs = D::inputs(xc + i * kChunk + s * D::width);
-        CATS_UNROLL
-        for (int r = 0; r < R; ++r) acc[r][i][s % sums] = D::madd(weights[r], inputs, acc[r][i][s % sums]);
-      }
-    }
-  };
-
-  Prefetcher prefetch[R];
-  for (int r = 0; r < R; ++r) prefetch[r].start(ahead[r], next[r], d);
-  const int64_t whole = d - d % kChunk;
-  for (int64_t c = 0; c < whole; c += kChunk) {
-    CATS_UNROLL
-    for (int r = 0; r < R; ++r) prefetch[r].template fetch<kChunk * sizeof(T)>(c * int64_t(sizeof(T)));
-    add_chunk(rows, c, x + c * n);
+  void clear() {
+    for (auto& row : state)
+      for (auto& token : row)
+        for (Vec& sum : token) sum = set(0.0f);
   }
-  if (whole < d) add_chunk(Tail<T, R>(rows, whole, d - whole).rows, 0, x + whole * n);
 
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < N; ++i) {
-      Vec total = acc[r][i][0];
-      for (int k = 1; k < sums; ++k) total = total + acc[r][i][k];
-      out[r * kMaxTokens + i] = sum(total);
+  // Adds columns begin to end. `x` points at the first of the N tokens among `n` packed ones.
+  template <bool fetch>
+  void add(const T* const* rows, const Prefetcher* prefetch, const typename D::X* x, int64_t n, int64_t begin,
+           int64_t end) {
+    Vec acc[R][N][sums];  // in registers
+    std::memcpy(acc, state, sizeof acc);
+    const auto add_chunk = [&](const T* const* w, int64_t offset, const typename D::X* xc) CATS_ALWAYS_INLINE {
+      CATS_UNROLL
+      for (int s = 0; s < steps; ++s) {
+        decltype(D::weights(w[0])) weights[R];
+        CATS_UNROLL
+        for (int r = 0; r < R; ++r) weights[r] = D::weights(w[r] + offset + s * D::width);
+        CATS_UNROLL
+        for (int i = 0; i < N; ++i) {
+          const auto inputs = D::inputs(xc + i * kChunk + s * D::width);
+          CATS_UNROLL
+          for (int r = 0; r < R; ++r) acc[r][i][s % sums] = D::madd(weights[r], inputs, acc[r][i][s % sums]);
+        }
+      }
+    };
+    const int64_t whole = end - end % kChunk;
+    for (int64_t c = begin; c < whole; c += kChunk) {
+      CATS_UNROLL
+      for (int r = 0; fetch && r < R; ++r) prefetch[r].template fetch<kChunk * sizeof(T)>(c * int64_t(sizeof(T)));
+      add_chunk(rows, c, x + c * n);
     }
+    if (whole < end) add_chunk(Tail<T, R>(rows, whole, end - whole).rows, 0, x + whole * n);
+    std::memcpy(state, acc, sizeof acc);
+  }
+
+  void finish(float* out) const {
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < N; ++i) {
+        Vec total = state[r][i][0];
+        for (int k = 1; k < sums; ++k) total = total + state[r][i][k];
+        out[r * kMaxTokens + i] = sum(total);
+      }
+  }
+};
+
+constexpr int kTileTokens = 4;
+
+// Columns that all tokens take before the next ones: these pieces of the rows then stay in the first-level cache.
+constexpr int64_t kDotColumns = 1024;
+
+// `dot` for n = whole tiles of tokens and `Rest` more.
+template <class T, int R, int Rest>
+void dot_tiles(const T* const* rows, const Prefetcher* prefetch, const typename Dot<T>::X* x, int64_t n, int64_t d,
+               float* out) {
+  Tile<T, R, kTileTokens> full[kMaxTokens / kTileTokens];
+  Tile<T, R, Rest ? Rest : 1> rest;
+  const int64_t tiles = n / kTileTokens, columns = n > kTileTokens ? kDotColumns : d;
+  for (int64_t t = 0; t < tiles; ++t) full[t].clear();
+  rest.clear();
+  for (int64_t begin = 0; begin < d; begin += columns) {
+    const int64_t end = d - begin < columns ? d : begin + columns;
+    if (tiles) full[0].template add<true>(rows, prefetch, x, n, begin, end);
+    for (int64_t t = 1; t < tiles; ++t)
+      full[t].template add<false>(rows, prefetch, x + t * kTileTokens * kChunk, n, begin, end);
+    const auto last = x + tiles * kTileTokens * kChunk;
+    if (Rest && tiles) rest.template add<false>(rows, prefetch, last, n, begin, end);
+    if (Rest && !tiles) rest.template add<true>(rows, prefetch, last, n, begin, end);
+  }
+  for (int64_t t = 0; t < tiles; ++t) full[t].finish(out + t * kTileTokens);
+  if (Rest) rest.finish(out + tiles * kTileTokens);
 }
 
-// out[r, i] = rows[r] . x_i for R rows and all n tokens. The rows are read from memory once, then from the cache; what is
-// computed from the cache gives time to fetch the next rows.
+// out[r, i] = rows[r] . x_i for R rows and all n tokens; rows of `out` are kMaxTokens long.
 template <class T, int R>
 void dot(const T* const* rows, const T* const* next, const typename Dot<T>::X* x, int64_t n, int64_t d, float* out) {
-  const T* const* ahead = rows;
-  for (int64_t i = 0; i < n; i += 4, ahead = next) {
-    const auto xi = x + i * kChunk;
-    switch (n - i) {
-      case 1: dot_tile<T, R, 1>(rows, ahead, next, xi, n, d, out + i); break;
-      case 2: dot_tile<T, R, 2>(rows, ahead, next, xi, n, d, out + i); break;
-      case 3: dot_tile<T, R, 3>(rows, ahead, next, xi, n, d, out + i); break;
-      default: dot_tile<T, R, 4>(rows, ahead, next, xi, n, d, out + i);
-    }
+  Prefetcher prefetch[R];
+  for (int r = 0; r < R; ++r) prefetch[r].start(rows[r], next[r], d);
+  switch (n % kTileTokens) {
+    case 0: dot_tiles<T, R, 0>(rows, prefetch, x, n, d, out); break;
+    case 1: dot_tiles<T, R, 1>(rows, prefetch, x, n, d, out); break;
+    case 2: dot_tiles<T, R, 2>(rows, prefetch, x, n, d, out); break;
+    default: dot_tiles<T, R, 3>(rows, prefetch, x, n, d, out);
   }
 }
 
