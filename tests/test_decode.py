@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from families import logits
 from torch import nn
 
 import cats_llm
 from cats_llm.kernels import cpu, registry
 from cats_llm.model.decode_linear import DecodeLinear, use_decode_linears
 from cats_llm.model.structure import find_gated_mlps
-from families import logits
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built here")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import logits
-from torch import nn
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, Trainer, TrainingArguments
 
 import cats_llm

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "text": set(),
     "loading": {"model"},
     "bundled": set(),
+    "benchmark": {"calibration", "kernels", "model"},
     "calibration": {"kernels", "model"},
     "evaluation": {"kernels", "model"},
     "report": set(),

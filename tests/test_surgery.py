@@ -12,6 +12,7 @@ from torch import nn
 
 import cats_llm
 from cats_llm import CatsConfig, CatsError, SparseMLP
+from cats_llm.kernels import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
