@@ -66,7 +66,11 @@ class Case:
         return self.folder / "sparse"
 
     def dense_copy(self) -> nn.Module:
-        return copy.deepcopy(self.dense)
+        model = copy.deepcopy(self.dense)
+        for module in model.modules():
+            if hasattr(module, "rope_deltas"):  # what Qwen-VL models keep from the last batch that they generated for
+                module.rope_deltas = None
+        return model
 
     def sparse(self) -> nn.Module:
         """A fresh CATS model; it shares nothing with `dense`."""
