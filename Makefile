@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo --out demo-out --force
@@ -21,18 +21,26 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the CPU kernels' own test, without torch, under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize:
+	src/cats_llm/kernels/cpu/csrc/sanitize.sh
+
 # torch first and by the exact version of the constraints: a range would take the newest build, with gigabytes of CUDA
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(shell grep '^torch==' constraints.txt)
+	$(PIP) scikit-build-core cmake ninja
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[report]'
+# without build isolation: the extension is built against this torch, not against another one that isolation downloads
+SOURCES := $(wildcard src/cats_llm/kernels/cpu/csrc/*) CMakeLists.txt pyproject.toml
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[report]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[dev]'
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -212,6 +212,13 @@ def test_generate_streams_what_transformers_generates(sparse, cats, tmp_path, re
     assert "tokens/s" in printed.err
 
 
+def test_generate_without_decode_linears(sparse, cats, tmp_path, read_json):
+    file = tmp_path / "g.json"
+    arguments = ("--prompt", "The king", "--max-new-tokens", 4, "--no-decode-linears", "--json", file)
+    assert cats("generate", sparse, *arguments) == 0
+    assert read_json(file)["tokens"] == 4
+
+
 def test_sampling_is_repeatable(sparse, cats, tmp_path, read_json):
     texts = []
     for i, seed in enumerate((1, 1, 2)):

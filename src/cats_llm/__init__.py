@@ -9,6 +9,7 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.integrations.transformers import register
+from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import dense_function, densify, sparse_mlps, sparsify, thresholds
@@ -27,6 +28,7 @@ __all__ = [
     "sparse_mlps",
     "sparsify",
     "thresholds",
+    "use_decode_linears",
 ]
 
 register()

@@ -21,9 +21,9 @@ class _Layer:
 
     def __init__(self, shape: Shape, dtype: torch.dtype, x: Tensor, sparsities: list[float]) -> None:
         d, f = shape.hidden_size, shape.intermediate_size
-        self.gate, self.up, down = (torch.empty(f, d, dtype=dtype).normal_(std=d**-0.5) for _ in range(3))
-        self.down = down.t()
-        self.dense_down = down.t().contiguous()
+        self.gate, self.up = (torch.empty(f, d, dtype=dtype).normal_(std=d**-0.5) for _ in range(2))
+        self.dense_down = torch.empty(d, f, dtype=dtype).normal_(std=f**-0.5)
+        self.down = cpu.neuron_major(self.dense_down)
         a = gate_activation(F.linear(x, self.gate), ACTIVATIONS["silu"]).abs().float()
         values = a.flatten().sort().values
         self.thresholds = [values[round(k * len(values))] if k else values.new_zeros(()) for k in sparsities]

@@ -1,6 +1,8 @@
 """`cats demo`: the whole job on the bundled model and real text."""
 
+import statistics
 import time
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import islice
@@ -79,39 +81,57 @@ def command(
         batch_size=8,
         seed=0,
     )
-    evaluations = {"dense": _evaluate(dense, tokenizer, samples)}
-    configs: dict[str, CatsConfig] = {}
-    texts = {prompt: {"dense": _continue(dense, tokenizer, prompt, max_new_tokens)} for prompt in PROMPTS}
+    texts: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
+    runs = [_run("dense", None, dense, None, tokenizer, texts, samples, max_new_tokens)]
     with write_folder(out, force) as folder:
         profile.save(folder / "profile.safetensors")
         for k in SPARSITIES:
-            name = f"cats-{100 * k:.0f}"
-            configs[name] = profile.config(k)
-            write_checkpoint(Path(source), folder / name, configs[name])
+            name, config = f"cats-{100 * k:.0f}", profile.config(k)
+            write_checkpoint(Path(source), folder / name, config)
             sparse = load_model(str(folder / name), dtype, device)
-            _check_reloaded(sparse, dense, configs[name], tokenizer)
-            evaluations[name] = _evaluate(sparse, tokenizer, samples, reference=dense)
-            if k == SPARSITIES[0]:
-                for prompt in PROMPTS:
-                    texts[prompt][name] = _continue(sparse, tokenizer, prompt, max_new_tokens)
-        report = _report(dense, profile, configs, evaluations, texts)
-        write_html(report, folder / "report.html")
-        results = _results(profile, configs, evaluations, texts)
+            _check_reloaded(sparse, dense, config, tokenizer)
+            runs.append(_run(name, config, sparse, dense, tokenizer, texts, samples, max_new_tokens))
+        write_html(_report(dense, profile, runs, texts), folder / "report.html")
+        results = _results(profile, runs, texts)
         write_json(folder / "results.json", results)
     if json is not None:
         write_json(json, results, force)
-    _show(configs, evaluations, texts)
+    _show(runs, texts)
     show("The reloaded checkpoints give the logits of the models they were saved from, to the bit.")
     show(f"Written to {out} in {time.perf_counter() - started:.0f} s; open {out / 'report.html'} in a browser.")
 
 
-def _evaluate(model: Any, tokenizer: Any, samples: int, reference: Any = None) -> Evaluation:
-    text = str(bundled.heldout_text())
-    return evaluate.run(model, tokenizer, text, reference=reference, samples=samples, length=_SEQ_LENGTH, batch_size=8)
+@dataclass(frozen=True)
+class _Run:
+    """One model of the table; ``config`` is None for the dense one."""
+
+    name: str
+    config: CatsConfig | None
+    evaluation: Evaluation
+    tokens_per_second: float | None
 
 
-def _continue(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    return str(generate.run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)["text"])
+def _run(
+    name: str,
+    config: CatsConfig | None,
+    model: Any,
+    reference: Any,
+    tokenizer: Any,
+    texts: dict[str, dict[str, str]],
+    samples: int,
+    max_new_tokens: int,
+) -> _Run:
+    """Evaluate a model and let it continue every prompt, into ``texts``."""
+    heldout = str(bundled.heldout_text())
+    evaluation = evaluate.run(
+        model, tokenizer, heldout, reference=reference, samples=samples, length=_SEQ_LENGTH, batch_size=8
+    )
+    rates = []
+    for prompt, continuations in texts.items():
+        result = generate.run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+        continuations[name] = str(result["text"])
+        rates += [rate] if (rate := result["tokens_per_second"]) is not None else []
+    return _Run(name, config, evaluation, statistics.median(rates) if rates else None)
 
 
 @torch.no_grad()
@@ -132,15 +152,17 @@ def _worst(config: CatsConfig, layer_sparsity: dict[int, float]) -> float:
     return max(abs(share - (config.sparsity or 0.0)) for share in layer_sparsity.values())
 
 
-def _show(configs: dict[str, CatsConfig], evaluations: dict[str, Evaluation], texts: dict[str, dict[str, str]]) -> None:
-    dense = evaluations["dense"]
-    show(f"Gate sparsity asked for and achieved; quality on {dense.tokens} held-out tokens")
-    rows = table("model", "calibration", "held-out", "of all weights", "perplexity", "change", "KL (nats)", "top-1")
-    for name, result in evaluations.items():
-        if name == "dense":
-            rows.add_row("dense", "-", "-", "-", f"{result.perplexity:.3f}", "-", "-", "-")
+def _show(runs: list[_Run], texts: dict[str, dict[str, str]]) -> None:
+    dense = runs[0].evaluation
+    show(f"Gate sparsity asked for and achieved; quality on {dense.tokens} held-out tokens; speed at batch 1")
+    columns = ("calibration", "held-out", "of all weights", "perplexity", "change", "KL (nats)", "top-1", "tokens/s")
+    rows = table("model", *columns)
+    for run in runs:
+        result, config = run.evaluation, run.config
+        speed = "-" if run.tokens_per_second is None else f"{run.tokens_per_second:.0f}"
+        if config is None:
+            rows.add_row(run.name, "-", "-", "-", f"{result.perplexity:.3f}", "-", "-", "-", speed)
             continue
-        config = configs[name]
         mean = sum(config.layer_sparsity.values()) / len(config.layer_sparsity)
         rows.add_row(
             f"CATS {percent(config.sparsity, 0)}",
@@ -151,12 +173,14 @@ def _show(configs: dict[str, CatsConfig], evaluations: dict[str, Evaluation], te
             f"{100 * (result.perplexity / dense.perplexity - 1):+.1f} %",
             f"{result.kl:.4f}",
             percent(result.top1_agreement, 1),
+            speed,
         )
     show(rows)
-    show("± is the worst layer's distance, in points, from the sparsity asked for.\n")
+    show("± is the worst layer's distance, in points, from the sparsity asked for. A model this small spends most of a")
+    show("token outside its MLPs and fits the caches: cats bench decode measures speed at the size of real models.\n")
     for prompt, continuations in texts.items():
-        for name, text in continuations.items():
-            show(f"[bold]{name}[/bold]: {_escape(prompt)}[italic]{_escape(text)}[/italic]")
+        for name in (runs[0].name, runs[1].name):
+            show(f"[bold]{name}[/bold]: {_escape(prompt)}[italic]{_escape(continuations[name])}[/italic]")
         show("")
 
 
@@ -166,45 +190,34 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _results(
-    profile: Profile,
-    configs: dict[str, CatsConfig],
-    evaluations: dict[str, Evaluation],
-    texts: dict[str, dict[str, str]],
-) -> dict[str, Any]:
+def _results(profile: Profile, runs: list[_Run], texts: dict[str, dict[str, str]]) -> dict[str, Any]:
     return {
         "calibration": profile.record,
-        "configs": {name: config.to_dict() for name, config in configs.items()},
-        "evaluations": {name: result.to_dict() for name, result in evaluations.items()},
+        "configs": {run.name: run.config.to_dict() for run in runs if run.config is not None},
+        "evaluations": {run.name: run.evaluation.to_dict() for run in runs},
+        "tokens_per_second": {run.name: run.tokens_per_second for run in runs},
         "continuations": texts,
     }
 
 
-def _report(
-    dense: Any,
-    profile: Profile,
-    configs: dict[str, CatsConfig],
-    evaluations: dict[str, Evaluation],
-    texts: dict[str, dict[str, str]],
-) -> report_data.Report:
-    variants = []
-    for name, result in evaluations.items():
-        config = configs.get(name)
-        variants.append(
-            report_data.Variant(
-                name=name,
-                target_sparsity=config.sparsity if config else None,
-                thresholds=config.thresholds if config else {},
-                calibration_sparsity=config.layer_sparsity if config else {},
-                measured_sparsity=result.layer_sparsity,
-                gate_sparsity=result.sparsity.gate,
-                ffn_sparsity=result.sparsity.ffn,
-                model_sparsity=result.sparsity.model,
-                perplexity=result.perplexity,
-                kl=result.kl,
-                top1_agreement=result.top1_agreement,
-            )
+def _report(dense: Any, profile: Profile, runs: list[_Run], texts: dict[str, dict[str, str]]) -> report_data.Report:
+    variants = [
+        report_data.Variant(
+            name=run.name,
+            target_sparsity=run.config.sparsity if run.config else None,
+            thresholds=run.config.thresholds if run.config else {},
+            calibration_sparsity=run.config.layer_sparsity if run.config else {},
+            measured_sparsity=run.evaluation.layer_sparsity,
+            gate_sparsity=run.evaluation.sparsity.gate,
+            ffn_sparsity=run.evaluation.sparsity.ffn,
+            model_sparsity=run.evaluation.sparsity.model,
+            perplexity=run.evaluation.perplexity,
+            kl=run.evaluation.kl,
+            top1_agreement=run.evaluation.top1_agreement,
+            tokens_per_second=run.tokens_per_second,
         )
+        for run in runs
+    ]
     distributions = [
         report_data.LayerDistribution(layer, d.edges.tolist(), d.counts.tolist(), d.maximum)
         for layer, d in profile.layers.items()
@@ -230,7 +243,7 @@ def _report(
         },
         evaluation={
             "text": "other public-domain books, never trained or calibrated on",
-            "predicted tokens": str(evaluations["dense"].tokens),
+            "predicted tokens": str(runs[0].evaluation.tokens),
             "protocol": f"sequences of {_SEQ_LENGTH} tokens without overlap, every token sparse",
         },
         distributions=distributions,

@@ -12,6 +12,7 @@ from cats_llm.cli.output import percent, progress_console, quiet_libraries
 from cats_llm.errors import CatsError
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.model.accounting import sparsity_of
+from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.surgery import thresholds
 
 
@@ -28,6 +29,9 @@ def command(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random draws, if temperature is above 0.")] = 0,
+    decode_linears: Annotated[
+        bool, typer.Option(help="On a CPU, decode attention projections and lm_head on our own kernel too.")
+    ] = True,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     device: options.Device = None,
@@ -44,6 +48,8 @@ def command(
     quiet_libraries()
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     tokenizer = load_tokenizer(model, revision, trust_remote_code)
+    if not decode_linears:
+        use_decode_linears(loaded, False)
     text = sys.stdin.read() if prompt == "-" else prompt
     result = run(
         loaded,

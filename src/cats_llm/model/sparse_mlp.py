@@ -104,7 +104,7 @@ class SparseMLP(nn.Module):
         if type(self.down_proj) is not nn.Linear or type(weight) is not nn.Parameter or weight.device.type != "cpu":
             return
         if enabled and cpu.available():
-            weight.data = weight.data.t().contiguous().t()
+            weight.data = cpu.neuron_major(weight.data)
         elif not enabled:
             weight.data = weight.data.contiguous()
 

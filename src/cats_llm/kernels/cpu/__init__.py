@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cats_llm.kernels import registry
 from cats_llm.kernels.cpu.library import available, available_isas, isa, set_isa, use_isa
+from cats_llm.kernels.cpu.pages import neuron_major
 from cats_llm.kernels.definition import ACTIVATIONS
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "gated_mlp",
     "isa",
     "linear",
+    "neuron_major",
     "read",
     "set_isa",
     "supports",
