@@ -10,10 +10,11 @@ from pathlib import Path
 import families
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import logits
 from torch import nn
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
 
 import cats_llm
 from cats_llm import SparseMLP
@@ -84,7 +85,8 @@ def test_generate_equals_greedy_decoding_of_the_reference(case):
         for _ in range(8):
             expected = torch.cat([expected, logits(dense, expected, use_cache=False)[:, -1:].argmax(-1)], 1)
     assert torch.equal(generate(cats_llm.sparsify(case.sparse(), config), ids), expected)
-    dense = generate(case.dense, ids)
+    # a copy: some families keep positions on the model
+    dense = generate(case.dense_copy(), ids)
     assert not torch.equal(dense, expected), "dense and sparse agree: the test proves nothing"
 
 
@@ -104,11 +106,14 @@ def test_generate_with_a_static_cache_and_a_compiled_forward(llama):
     assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="this transformers has another API")
 def test_continuous_batching_equals_generate(split_or_fused):
     model = split_or_fused.sparse()
     prompts = [split_or_fused.ids[row, : 5 + row].tolist() for row in range(3)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # else it takes most of the memory
+    small = transformers.ContinuousBatchingConfig(
+        num_blocks=16, max_batch_tokens=32
+    )  # else it takes most of the memory
     results = model.generate_batch(prompts, config, small)
     found = [result.generated_tokens for result in sorted(results.values(), key=lambda r: len(r.prompt_ids))]
     for prompt, tokens in zip(prompts, found, strict=True):
