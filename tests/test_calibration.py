@@ -19,6 +19,8 @@ from cats_llm import CatsError, Profile
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.calibration.histogram import GateHistogram
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": families.gelu_tanh, "relu": F.relu}
 SPARSITIES = [0.0, 1e-4, 0.1, 0.5, 0.7, 0.9, 0.99, 0.9999]
 TOLERANCE = 1e-3  # 0.1 percentage points

@@ -21,6 +21,8 @@ from cats_llm import SparseMLP
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROJECTIONS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "gate_up_proj", "down_proj"]
 

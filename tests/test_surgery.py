@@ -14,6 +14,8 @@ from torch import nn
 import cats_llm
 from cats_llm import CatsConfig, CatsError, SparseMLP
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
