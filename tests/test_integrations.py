@@ -384,8 +384,8 @@ import cats_llm, families
 from transformers import AutoModelForCausalLM
 
 folders, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
 torch.set_num_threads(1)
 ids = families.ids(6, 20)
 facts, tensors = {}, {}
@@ -430,13 +430,30 @@ def two_processes(cases, tmp_path_factory):
     (out / "script.py").write_text(DISTRIBUTED)
     folders = json.dumps({name: str(cases(name).sparse_folder) for name in ("llama", "phi3")})
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(out / "script.py"), folders, str(out)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": "2",
+    }
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks for the address of the host's name
+    running = [
+        subprocess.Popen(
+            [sys.executable, out / "script.py", folders, out],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
     return out
 
 
