@@ -133,6 +133,14 @@ def test_16_bit_quantiles_are_exact(name, act, dtype):
         assert abs(got - k) <= abs(nearest(values, k) - k) + 5e-5 + exact, (k, got)
 
 
+def test_float32_values_are_divided_at_the_borders_of_bins():
+    # a border taken half a bin off would be off by half of what a bin holds, here 0.05 points
+    gate = gates("normal, mean 10", torch.float32)
+    for k in (0.1, 0.5, 0.9):
+        threshold, promised = distribution(gate, F.silu).threshold(k)
+        assert abs(achieved(magnitudes(gate, F.silu), threshold) - promised) <= 1e-4
+
+
 def test_16_bit_thresholds_separate_what_a_16_bit_histogram_cannot():
     # 7 % of these activations are the same bfloat16 number; the gates are not
     gate = gates("normal around the minimum of SiLU", torch.bfloat16)
