@@ -19,6 +19,8 @@ from cats_llm import CatsError, Profile
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.calibration.histogram import GateHistogram
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": families.gelu_tanh, "relu": F.relu}
 SPARSITIES = [0.0, 1e-4, 0.1, 0.5, 0.7, 0.9, 0.99, 0.9999]
 TOLERANCE = 1e-3  # 0.1 percentage points
@@ -129,6 +131,14 @@ def test_16_bit_quantiles_are_exact(name, act, dtype):
             continue
         assert abs(got - promised) <= exact, (k, got, promised)
         assert abs(got - k) <= abs(nearest(values, k) - k) + 5e-5 + exact, (k, got)
+
+
+def test_float32_values_are_divided_at_the_borders_of_bins():
+    # a border taken half a bin off would be off by half of what a bin holds, here 0.05 points
+    gate = gates("normal, mean 10", torch.float32)
+    for k in (0.1, 0.5, 0.9):
+        threshold, promised = distribution(gate, F.silu).threshold(k)
+        assert abs(achieved(magnitudes(gate, F.silu), threshold) - promised) <= 1e-4
 
 
 def test_16_bit_thresholds_separate_what_a_16_bit_histogram_cannot():

@@ -21,6 +21,8 @@ import cats_llm
 from cats_llm import CatsConfig, CatsError, SparseMLP
 from cats_llm.integrations.transformers import CatsQuantizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TESTS = Path(__file__).parent
 CLEAN = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
 
@@ -35,12 +37,12 @@ def digests(folder):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in Path(folder).glob("*safetensors*")}
 
 
-def python(code, *arguments, **environment):
+def python(code, *arguments):
     """Run code in a new process."""
     path = os.pathsep.join([str(TESTS), *sys.path])
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path} | environment,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -10,14 +10,17 @@ from pathlib import Path
 import families
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import logits
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
 
 import cats_llm
 from cats_llm import SparseMLP
 
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROJECTIONS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "gate_up_proj", "down_proj"]
@@ -83,7 +86,8 @@ def test_generate_equals_greedy_decoding_of_the_reference(case):
         for _ in range(8):
             expected = torch.cat([expected, logits(dense, expected, use_cache=False)[:, -1:].argmax(-1)], 1)
     assert torch.equal(generate(cats_llm.sparsify(case.sparse(), config), ids), expected)
-    dense = generate(case.dense, ids)
+    # a copy: some families keep positions on the model
+    dense = generate(case.dense_copy(), ids)
     assert not torch.equal(dense, expected), "dense and sparse agree: the test proves nothing"
 
 
@@ -103,11 +107,14 @@ def test_generate_with_a_static_cache_and_a_compiled_forward(llama):
     assert torch.equal(generate(model, ids, cache_implementation="static"), expected)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="this transformers has another API")
 def test_continuous_batching_equals_generate(split_or_fused):
     model = split_or_fused.sparse()
     prompts = [split_or_fused.ids[row, : 5 + row].tolist() for row in range(3)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # else it takes most of the memory
+    small = transformers.ContinuousBatchingConfig(
+        num_blocks=16, max_batch_tokens=32
+    )  # else it takes most of the memory
     results = model.generate_batch(prompts, config, small)
     found = [result.generated_tokens for result in sorted(results.values(), key=lambda r: len(r.prompt_ids))]
     for prompt, tokens in zip(prompts, found, strict=True):
@@ -160,15 +167,13 @@ def train_one_step(model, ids, folder, **kwargs):
 def test_the_trainer_takes_the_step_of_the_reference(llama, tmp_path, checkpointing):
     # full fine-tuning of a model that was loaded from a CATS checkpoint
     model = AutoModelForCausalLM.from_pretrained(llama.sparse_folder)
-    before = copy.deepcopy(model.state_dict())
     train_one_step(model, llama.ids, tmp_path, gradient_checkpointing=checkpointing)
     dense = llama.dense_copy()
     with reference_of(dense, llama):
-        dense(input_ids=llama.ids, labels=llama.ids).loss.backward()
-    step = gradients(dense)
-    assert step.keys() == before.keys()
+        train_one_step(dense, llama.ids, tmp_path)
+    before, expected = llama.dense.state_dict(), dense.state_dict()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, before[name] - 1e-2 * step[name], rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(parameter.data, expected[name], rtol=1e-5, atol=1e-7)
         assert not torch.equal(parameter, before[name]), name
     assert cats_llm.thresholds(model) == llama.config.thresholds
     model.save_pretrained(tmp_path / "trained")
@@ -378,8 +383,8 @@ import cats_llm, families
 from transformers import AutoModelForCausalLM
 
 folders, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
 torch.set_num_threads(1)
 ids = families.ids(6, 20)
 facts, tensors = {}, {}
@@ -406,6 +411,8 @@ for name, folder in folders.items():
     tensors[name].append(families.logits(model, ids))
     config = cats_llm.calibrate(model, [ids]).config(0.5)
     facts[name]["calibrated"] = config.thresholds
+    facts[name]["tokens"] = config.calibration["tokens"]
+    facts[name]["processes"] = model.tp_size
     cats_llm.sparsify(model, config)
     tensors[name].append(families.logits(model, ids))
 torch.save(tensors, out / f"logits{rank}.pt")
@@ -422,13 +429,30 @@ def two_processes(cases, tmp_path_factory):
     (out / "script.py").write_text(DISTRIBUTED)
     folders = json.dumps({name: str(cases(name).sparse_folder) for name in ("llama", "phi3")})
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(out / "script.py"), folders, str(out)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": "2",
+    }
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else it asks for the address of the host's name
+    running = [
+        subprocess.Popen(
+            [sys.executable, out / "script.py", folders, out],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
     return out
 
 
@@ -455,6 +479,8 @@ def test_tensor_parallel(split_or_fused, two_processes, rank):
     case, ids = split_or_fused, families.ids(6, 20)
     facts = json.loads((two_processes / f"facts{rank}.json").read_text())[case.name]
     assert facts["loaded"] == {str(layer): t for layer, t in case.config.thresholds.items()}
+    # both processes saw the same tokens; transformers 5.16 does not tell that they share a model
+    assert facts["tokens"] == ids.numel() * (1 if facts["processes"] else 2)
     config = cats_llm.calibrate(case.dense, [ids]).config(0.5)
     calibrated = {int(layer): t for layer, t in facts["calibrated"].items()}
     assert calibrated == pytest.approx(config.thresholds, rel=1e-3)

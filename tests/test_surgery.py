@@ -7,12 +7,15 @@ import pickle
 import families
 import pytest
 import torch
+import transformers
 from families import logits
 from torch import nn
 
 import cats_llm
 from cats_llm import CatsConfig, CatsError, SparseMLP
 from cats_llm.kernels import cpu
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -52,6 +55,8 @@ def test_only_the_mlps_of_the_text_layers_become_sparse(case):
 
 @pytest.mark.parametrize("length", [1, 3, 16])
 def test_decoding_step_by_step_equals_prefill(case, length):
+    if case.name == "stablelm" and length > 1 and transformers.__version__ == "5.0.0":
+        pytest.skip("the dense model cannot continue a cache by several tokens in transformers 5.0.0")
     # in float64 rounding cannot push a neuron over the threshold
     model = case.sparse().double()
     whole = logits(model, case.ids)
@@ -339,27 +344,37 @@ def test_a_module_with_the_parts_but_another_function_is_refused(llama):
     assert type(mlp) is Scaled
 
 
-def test_a_plain_module_that_transformers_does_not_know():
-    class Mlp(nn.Module):
-        def __init__(self):
-            super().__init__()
+class PlainMLP(nn.Module):
+    """What people write themselves; no family of transformers has biases in a fused projection."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+        if fused:
+            self.gate_up_proj = nn.Linear(8, 24)
+        else:
             self.gate_proj, self.up_proj = nn.Linear(8, 12), nn.Linear(8, 12)
-            self.down_proj = nn.Linear(12, 8)
-            self.act_fn = nn.SiLU()
+        self.down_proj = nn.Linear(12, 8)
+        self.act_fn = nn.SiLU()
 
-        def forward(self, x):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(self.act_fn(gate) * up)
 
-    model = nn.Sequential(Mlp(), Mlp())
-    x = torch.randn(5, 8)
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 50])
+def test_a_model_that_transformers_does_not_know(fused, tokens):
+    model = nn.Sequential(PlainMLP(fused), PlainMLP(fused)).double()
+    x = torch.randn(tokens, 8, dtype=torch.float64)
     with torch.no_grad():
         expected = x
         for mlp in model:
-            expected = families.reference_mlp(mlp, expected, 0.1, nn.functional.silu, fused=False)
+            expected = families.reference_mlp(mlp, expected, 0.1, nn.functional.silu, fused)
         cats_llm.sparsify(model, CatsConfig(thresholds={0: 0.1, 1: 0.1}))
-        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
         cats_llm.densify(model)
-    assert not any(isinstance(module, SparseMLP) for module in model.modules())
+    assert all(type(mlp) is PlainMLP for mlp in model)
 
 
 def test_the_config_of_a_sparse_model_is_json(case):

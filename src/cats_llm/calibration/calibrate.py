@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 
 from cats_llm.calibration.histogram import GateHistogram
@@ -130,8 +130,11 @@ class _Counter:
 
 
 def _record(model: nn.Module, counter: _Counter, data: str | None) -> dict[str, Any]:
+    from cats_llm import __version__  # not at the top: that module imports this one
+
     config = getattr(unwrap(model), "config", None)
-    tokens, sequences = counter.totals.tolist()
+    # the processes that share the weights of a model have all seen the same tokens
+    tokens, sequences = (counter.totals // (getattr(unwrap(model), "tp_size", None) or 1)).tolist()
     return {
         "model": getattr(config, "_name_or_path", None) or type(unwrap(model)).__name__,
         "revision": getattr(config, "_commit_hash", None),
@@ -140,5 +143,9 @@ def _record(model: nn.Module, counter: _Counter, data: str | None) -> dict[str, 
         "tokens": tokens,
         "sequences": sequences,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("cats-llm", "torch", "transformers")},
+        "versions": {
+            "cats-llm": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
     }
