@@ -13,9 +13,10 @@ import cats_llm
 SOURCE = Path(cats_llm.__file__).parent
 
 # what each part of the package may import of it, beside itself and what all may use
-ALL_MAY_USE = {"errors", "checkpoint"}
+ALL_MAY_USE = {"errors", "checkpoint", "versions"}
 MAY_IMPORT = {
     "errors": set(),
+    "versions": set(),
     "kernels": set(),
     "checkpoint": set(),
     "model": {"kernels"},

@@ -13,8 +13,7 @@ from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import dense_function, densify, sparse_mlps, sparsify, thresholds
-
-__version__ = "0.1.0"
+from cats_llm.versions import __version__ as __version__
 
 __all__ = [
     "CatsConfig",

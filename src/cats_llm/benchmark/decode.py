@@ -15,9 +15,10 @@ from cats_llm.benchmark.timing import Spread, ratio, take_turns
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.kernels import cpu
+from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.accounting import bytes_per_token
 from cats_llm.model.sparse_mlp import SparseMLP
-from cats_llm.model.structure import find_gated_mlps
+from cats_llm.model.structure import GatedMLP, find_gated_mlps, observe_gates
 from cats_llm.model.surgery import densify, set_thresholds, sparsify
 
 _PROMPT = 16
@@ -224,9 +225,6 @@ def _read_bandwidth(model: nn.Module) -> float:
 
 def _read_shares(model: Any, thresholds: dict[int, float], prompt: Tensor, tokens: int) -> dict[int, float]:
     """The share of neurons that a decode step reads, by layer: those that some sequence of the batch keeps."""
-    from cats_llm.kernels.definition import gate_activation, keep_mask
-    from cats_llm.model.structure import GatedMLP, observe_gates
-
     set_thresholds(model, thresholds)
     shares: dict[int, list[float]] = {}
 

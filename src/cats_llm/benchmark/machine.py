@@ -2,13 +2,13 @@
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cats_llm.kernels import cpu, registry
+from cats_llm.versions import versions
 
 
 def facts() -> dict[str, Any]:
@@ -23,7 +23,7 @@ def facts() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("cats-llm", "torch", "transformers")},
+        "versions": versions(),
     }
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 
 from cats_llm.calibration.histogram import GateHistogram
@@ -22,6 +21,7 @@ from cats_llm.model.structure import (
     unwrap,
 )
 from cats_llm.model.surgery import dense_function
+from cats_llm.versions import versions
 
 Batch = Tensor | Mapping[str, Tensor]
 """input_ids (B, T), or a dict of input_ids and, for padded sequences, attention_mask (B, T)."""
@@ -130,8 +130,6 @@ class _Counter:
 
 
 def _record(model: nn.Module, counter: _Counter, data: str | None) -> dict[str, Any]:
-    from cats_llm import __version__  # not at the top: that module imports this one
-
     config = getattr(unwrap(model), "config", None)
     # the processes that share the weights of a model have all seen the same tokens
     tokens, sequences = (counter.totals // (getattr(unwrap(model), "tp_size", None) or 1)).tolist()
@@ -143,9 +141,5 @@ def _record(model: nn.Module, counter: _Counter, data: str | None) -> dict[str, 
         "tokens": tokens,
         "sequences": sequences,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "cats-llm": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
     }

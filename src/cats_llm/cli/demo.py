@@ -4,7 +4,6 @@ import statistics
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -250,6 +249,6 @@ def _report(dense: Any, profile: Profile, runs: list[_Run], texts: dict[str, dic
         variants=variants,
         continuations=[report_data.Continuation(prompt, dict(found)) for prompt, found in texts.items()],
         command="cats demo",
-        versions={name: version(name) for name in ("cats-llm", "torch", "transformers")},
+        versions=record["versions"],
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cats_llm.model.structure import find_gated_mlps, unwrap
+from cats_llm.model.structure import decoder_of, find_gated_mlps, unwrap
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def sparsity_of(model: nn.Module, layer_sparsity: Mapping[int, float]) -> Sparsi
     shares = [layer_sparsity.get(mlp.layer, 0.0) for mlp in mlps]
     neurons = [mlp.hidden_size * mlp.intermediate_size for mlp in mlps]
     skipped = sum(2 * n * share for n, share in zip(neurons, shares, strict=True))
-    linear = sum(p.numel() for p in _decoder(model).parameters() if p.dim() == 2) - _embedding_numel(model)
+    linear = sum(p.numel() for p in decoder_of(model).parameters() if p.dim() == 2) - _embedding_numel(model)
     return Sparsity(sum(shares) / len(shares), skipped / (3 * sum(neurons)), skipped / linear)
 
 
@@ -50,7 +50,7 @@ def bytes_per_token(model: nn.Module, layer_sparsity: Mapping[int, float]) -> By
     All of the decoder and the lm_head, but of the input embedding only one row (not counted).
     """
     base: Any = unwrap(model)
-    total = sum(p.numel() * p.element_size() for p in _decoder(model).parameters())
+    total = sum(p.numel() * p.element_size() for p in decoder_of(model).parameters())
     embedding = _input_embedding(model)
     if embedding is not None:
         total -= embedding.numel() * embedding.element_size()
@@ -65,14 +65,8 @@ def bytes_per_token(model: nn.Module, layer_sparsity: Mapping[int, float]) -> By
     return BytesPerToken(total, round(total - mlp_skipped), round(mlp_dense), round(mlp_dense - mlp_skipped))
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    base: Any = unwrap(model)
-    decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base
-    return decoder
-
-
 def _input_embedding(model: nn.Module) -> Any:
-    decoder: Any = _decoder(model)
+    decoder: Any = decoder_of(model)
     return decoder.get_input_embeddings().weight if hasattr(decoder, "get_input_embeddings") else None
 
 

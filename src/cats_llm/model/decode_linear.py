@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cats_llm.kernels import cpu
 from cats_llm.model.sparse_mlp import SparseMLP
-from cats_llm.model.structure import unwrap
+from cats_llm.model.structure import decoder_of, unwrap
 
 
 class DecodeLinear(nn.Linear):
@@ -34,9 +34,8 @@ def use_decode_linears(model: nn.Module, enabled: bool = True) -> None:
     nn.Linear and layers on other devices are left alone.
     """
     base = unwrap(model)
-    get_decoder = getattr(base, "get_decoder", None)
     get_head = getattr(base, "get_output_embeddings", None)
-    roots = [get_decoder() if callable(get_decoder) else base, get_head() if callable(get_head) else None]
+    roots = [decoder_of(model), get_head() if callable(get_head) else None]
     old, new = (nn.Linear, DecodeLinear) if enabled else (DecodeLinear, nn.Linear)
     for root in roots:
         if root is None:

@@ -66,6 +66,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return cast("nn.Module", get_base_model()) if callable(get_base_model) else model
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The text decoder of a model, without heads and towers; a model that knows of none is its own."""
+    base = unwrap(model)
+    get_decoder = getattr(base, "get_decoder", None)
+    return cast("nn.Module", get_decoder()) if callable(get_decoder) else base
+
+
 def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     """All gated MLPs of the model's text decoder, in the order of its layers.
 
@@ -77,8 +84,7 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     """
     model = unwrap(model)
     kind = type(model).__name__
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else model
+    decoder = decoder_of(model)
     paths = {module: name for name, module in model.named_modules()}
     prefix = paths.get(decoder, "")
     found = []
