@@ -195,8 +195,8 @@ def ids(batch: int = 3, length: int = 40, seed: int = 1) -> Tensor:
     return torch.randint(3, 100, (batch, length), generator=generator)
 
 
-def reference_mlp(mlp: nn.Module, x: Tensor, t: float, act: Callable[[Tensor], Tensor], fused: bool) -> Tensor:
-    """The MLP of a CATS model, written out: no code of the package is used."""
+def reference_mlp(mlp: nn.Module, x: Tensor, t: Any, act: Callable[[Tensor], Tensor], fused: bool) -> Tensor:
+    """The MLP of a CATS model, written out: no code of the package is used. ``t`` is a number or one a neuron."""
 
     def linear(x: Tensor, module: Any) -> Tensor:
         return F.linear(x, module.weight, module.bias)
@@ -207,7 +207,7 @@ def reference_mlp(mlp: nn.Module, x: Tensor, t: float, act: Callable[[Tensor], T
     else:
         gate, up = linear(x, mlp.gate_proj), linear(x, mlp.up_proj)
     a = act(gate if gate.dtype == torch.float64 else gate.float())
-    a = torch.where(a.abs().float() < torch.tensor(t, dtype=torch.float32), torch.zeros_like(a), a).to(gate.dtype)
+    a = torch.where(a.abs().float() < torch.as_tensor(t, dtype=torch.float32), torch.zeros_like(a), a).to(gate.dtype)
     return linear(a * up, mlp.down_proj)
 
 

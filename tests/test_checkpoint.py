@@ -315,7 +315,7 @@ DAMAGE = {
     "layer that is no number": (_threshold(0.1, "first"), "'first'"),
     "negative layer": (_threshold(0.1, "-1"), "'-1'"),
     "two spellings": (_threshold(0.1, "00"), "twice"),
-    "newer version": (_set("version", 3), "version 3, newer than 2"),
+    "newer version": (_set("version", 4), "version 4, newer than 3"),
     "version 0": (_set("version", 0), "version 0"),
     "version x": (_set("version", "x"), "version 'x'"),
     "version 1.0": (_set("version", 1.0), r"version 1\.0"),

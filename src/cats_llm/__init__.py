@@ -8,6 +8,7 @@ from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_decode
 from cats_llm.integrations.transformers import register
@@ -21,6 +22,7 @@ __all__ = [
     "CatsConfig",
     "CatsError",
     "Coverage",
+    "LayerVectors",
     "Profile",
     "SparseMLP",
     "calibrate",

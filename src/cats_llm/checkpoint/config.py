@@ -1,6 +1,9 @@
 """CatsConfig: the `quantization_config` of a CATS checkpoint, and its rules (docs/checkpoint.md)."""
 
+import copy
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
@@ -8,10 +11,11 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.vectors import FILE, LayerVectors, digest, encode, read_vectors
 from cats_llm.errors import CatsError
 
 QUANT_METHOD = "cats"
-VERSION = 2
+VERSION = 3
 """The newest version that is read. A config is written in the oldest version that can say it, see `CatsConfig`."""
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -20,13 +24,18 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     """One threshold a layer, and where it comes from.
 
     Attributes:
-        thresholds: by index of the decoder layer; the float32 values, exact.
+        thresholds: by index of the decoder layer; the float32 values, exact. Where a layer has a vector of thresholds,
+            the number is the threshold of the criterion's score, and the vector is what is computed with.
         sparsity: the gate sparsity asked for, in [0, 1), if one was.
         layer_sparsity: the gate sparsity that each threshold gives on the calibration tokens.
         calibration: what was calibrated on what (model, data, tokens, date, versions); a record, not used to compute.
         coverage: which tokens are sparse; stands in the file as the keys of `Coverage`.
-        version: of the format: 1, or 2 where the coverage is not all tokens, so that programs that know only
-            version 1 refuse what they would compute wrongly.
+        criterion: what chooses neurons and corrects the output (name and settings); a record, not used to compute.
+            Empty for plain CATS.
+        vectors: by layer, what does not fit into JSON; None if no layer has any. In config.json they are the name and
+            the digest of a file: ``{"file": "cats.safetensors", "sha256": ...}``.
+        version: of the format: 1; 2 where the coverage is not all tokens; 3 where there are vectors or a criterion; so
+            that older programs refuse what they would compute wrongly.
     """
 
     def __init__(
@@ -40,6 +49,8 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         dense_prefill: bool = False,
         dense_first_tokens: int = 0,
         last_fraction: float | None = None,
+        criterion: Mapping[str, Any] | None = None,
+        vectors: Mapping[int, LayerVectors] | Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
@@ -65,31 +76,81 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.thresholds = {layer: torch.tensor(t, dtype=torch.float32).item() for layer, t in self.thresholds.items()}
         self.sparsity = None if sparsity is None else check_sparsity(sparsity)
         self.layer_sparsity = _by_layer("layer_sparsity", layer_sparsity or {}, upper=1.0)
-        if calibration is not None and not isinstance(calibration, Mapping):
+        self.calibration = _record("calibration", calibration)
+        self.criterion = _record("criterion", criterion)
+        self._vectors: dict[int, LayerVectors] | None = None
+        self._digest: str | None = None  # of a file that is not read yet
+        if isinstance(vectors, Mapping) and "file" in vectors:
+            self._digest = _digest_of(vectors)
+        elif vectors is not None:
+            self._vectors = _by_known_layer(vectors, self.thresholds)
+
+    @property
+    def vectors(self) -> dict[int, LayerVectors] | None:
+        """By layer; None if no layer has any.
+
+        Raises:
+            CatsError: the config has only been read from JSON, without their file.
+        """
+        if self._digest is not None:
             raise CatsError(
-                f"calibration in the CATS config is {short(calibration)}; it must be a record (a JSON object)."
+                f"this CATS config names {FILE} but does not hold what is in it; take it from the loaded model "
+                "(model.config.quantization_config)."
             )
-        self.calibration = dict(calibration or {})
+        return self._vectors
+
+    @property
+    def vectors_are_loaded(self) -> bool:
+        """Whether `vectors` can be asked for: all but what was read from JSON and names a file."""
+        return self._digest is None
+
+    @property
+    def vectors_sha256(self) -> str | None:
+        """The digest of the vectors' file, read or not; None if no layer has any."""
+        if self._vectors is None:
+            return self._digest
+        return digest(encode(self._vectors))
+
+    def load_vectors(self, path: Path) -> None:
+        """Read the vectors of a config that names a file; otherwise there is nothing to do.
+
+        Raises:
+            CatsError: the file is missing, damaged, or of another model.
+        """
+        if self._digest is not None:
+            self._vectors = _by_known_layer(read_vectors(path, self._digest), self.thresholds)
+            self._digest = None
 
     def with_coverage(self, coverage: Coverage) -> "CatsConfig":
         """The same config for other tokens."""
-        changed = CatsConfig(**self.to_dict())
+        changed = copy.deepcopy(self)
         changed.coverage = coverage
         return changed
 
     @property
     def version(self) -> int:
         """Of the format that the config is written in."""
+        if self._vectors is not None or self._digest is not None or self.criterion:
+            return 3
         return 1 if self.coverage.all_tokens else 2
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
-        values: dict[str, Any] = {"version": self.version} | super().to_dict()
-        coverage = values.pop("coverage")
-        if self.version > 1:
-            values |= coverage.to_dict()
-        for key in ("thresholds", "layer_sparsity"):
-            values[key] = {str(layer): value for layer, value in values[key].items()}
+        values: dict[str, Any] = {
+            "version": self.version,
+            "quant_method": self.quant_method,
+            "thresholds": {str(layer): value for layer, value in self.thresholds.items()},
+            "sparsity": self.sparsity,
+            "layer_sparsity": {str(layer): value for layer, value in self.layer_sparsity.items()},
+            "calibration": copy.deepcopy(self.calibration),
+        }
+        if not self.coverage.all_tokens:
+            values |= self.coverage.to_dict()
+        if self.criterion:
+            values["criterion"] = copy.deepcopy(self.criterion)
+        sha256 = self.vectors_sha256
+        if sha256 is not None:
+            values["vectors"] = {"file": FILE, "sha256": sha256}
         return values
 
     def __eq__(self, other: object) -> bool:
@@ -107,6 +168,39 @@ def check_sparsity(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise CatsError(f"sparsity is {value!r}; it must be a number from 0 up to, but not including, 1 (0.5 is 50 %).")
     return float(value)
+
+
+def _record(key: str, value: object) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise CatsError(f"{key} in the CATS config is {short(value)}; it must be a record (a JSON object).")
+    return dict(value or {})
+
+
+def _digest_of(record: Mapping[Any, Any]) -> str:
+    """The digest in the JSON entry that stands for vectors."""
+    sha256 = record.get("sha256")
+    if set(record) != {"file", "sha256"} or record["file"] != FILE or not _is_sha256(sha256):
+        raise CatsError(
+            f"vectors in the CATS config is {short(dict(record))}; it must be the file {FILE} and its sha256."
+        )
+    return str(sha256)
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _by_known_layer(vectors: object, thresholds: Mapping[int, float]) -> dict[int, LayerVectors] | None:
+    """Copies, sorted by layer; None if there is no vector."""
+    if not isinstance(vectors, Mapping) or not all(isinstance(v, LayerVectors) for v in vectors.values()):
+        raise CatsError(
+            f"vectors in the CATS config is {short(vectors)}; it must map layer indices to LayerVectors, or name the "
+            f"file {FILE} and its sha256."
+        )
+    unknown = [layer for layer in vectors if isinstance(layer, bool) or layer not in thresholds]
+    if unknown:
+        raise CatsError(f"the CATS config has vectors of layer {short(unknown[0])}, but no threshold of it.")
+    return {layer: vectors[layer].copy() for layer in sorted(vectors) if vectors[layer]} or None
 
 
 def _by_layer(key: str, values: object, upper: float) -> dict[int, float]:

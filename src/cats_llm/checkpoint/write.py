@@ -1,4 +1,4 @@
-"""Write a CATS checkpoint from a dense one: the same files to the byte, and thresholds in config.json."""
+"""Write a CATS checkpoint from a dense one: the same files to the byte, thresholds in config.json, maybe vectors."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
 from cats_llm.checkpoint.files import write_folder
+from cats_llm.checkpoint.vectors import write_vectors
 from cats_llm.errors import CatsError
 
 # what a checkpoint folder may hold beside weights, and in how large a file
@@ -14,13 +15,13 @@ _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = False) -> None:
-    """Copy the checkpoint folder ``source`` to ``out`` and put ``config`` into its config.json.
+    """Copy the checkpoint folder ``source`` to ``out``, put ``config`` into its config.json and its vectors beside it.
 
     Weights are copied as they are, whatever their sharding; optimizer states and other formats are left out.
 
     Raises:
-        CatsError: ``source`` is quantised by another method or holds no weights, or ``out`` cannot be written.
-            ``out`` is then as it was.
+        CatsError: ``source`` is quantised by another method or holds no weights, the config's vectors are not read
+            yet, or ``out`` cannot be written. ``out`` is then as it was.
     """
     if out.exists() and out.resolve() == source.resolve():
         raise CatsError(f"{out} is the model itself; write the CATS checkpoint to another folder.")
@@ -28,7 +29,7 @@ def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = 
     method = (values.get("quantization_config") or {}).get("quant_method", QUANT_METHOD)
     if method != QUANT_METHOD:
         raise CatsError(f"{source} is already quantised with {method}; start from the unquantised model.")
-    values["quantization_config"] = config.to_dict()
+    values["quantization_config"], vectors = config.to_dict(), config.vectors
     with write_folder(out, force) as folder:
         for file in [*_weights(source), *_others(source)]:
             shutil.copyfile(file, folder / file.name)
@@ -36,6 +37,8 @@ def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = 
             shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
+        if vectors is not None:
+            write_vectors(folder, vectors)
 
 
 def _weights(source: Path) -> list[Path]:

@@ -1,13 +1,18 @@
 """Registers the checkpoint format with transformers, so that `from_pretrained` builds a CATS model by itself."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.hub import cached_file
 
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
+from cats_llm.checkpoint.vectors import FILE
+from cats_llm.errors import CatsError
 from cats_llm.model.structure import check_function, find_gated_mlps
 from cats_llm.model.surgery import configure, densify, prepare, prepare_decode
 
@@ -18,7 +23,11 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
     requires_calibration = False
     quantization_config: CatsConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        load_vectors(self.quantization_config, model.config.name_or_path, folder)
         if not self.pre_quantized:
             self._mlps = find_gated_mlps(model)
         prepare(model, self.quantization_config)
@@ -50,6 +59,40 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
     def is_compileable(self) -> bool:
         """`generate` may compile a CATS model."""
         return True
+
+
+def load_vectors(config: CatsConfig, name: str, folder: Path | None = None, revision: str | None = None) -> None:
+    """Read the vectors that a config from JSON names, from the model's folder or the hub; else there is nothing to do.
+
+    Args:
+        config: of the model.
+        name: the model's folder or name on the hub.
+        folder: where its weights lie, if they are there already; of the hub, a folder of its cache.
+        revision: of the hub, where the folder does not say it.
+
+    Raises:
+        CatsError: the file is missing, damaged, or of another model.
+    """
+    if config.vectors_are_loaded:
+        return
+    path = (folder or Path(name)) / FILE
+    if not path.is_file() and not Path(name).is_dir():
+        place: dict[str, Any] = {"revision": revision}
+        if folder is not None and "snapshots" in folder.parts:  # <cache>/models--<name>/snapshots/<commit>/<subfolder>
+            snapshots = len(folder.parts) - folder.parts[::-1].index("snapshots") - 1
+            place = {
+                "cache_dir": str(Path(*folder.parts[: snapshots - 1])),
+                "revision": folder.parts[snapshots + 1],
+                "subfolder": str(Path(*folder.parts[snapshots + 2 :])) if folder.parts[snapshots + 2 :] else "",
+            }
+        try:
+            path = Path(str(cached_file(name, FILE, **place)))
+        except OSError as error:
+            raise CatsError(
+                f"{name} lacks {FILE}, which its config names, or it cannot be downloaded; it belongs to the "
+                "checkpoint, so put it beside the weights."
+            ) from error
+    config.load_vectors(path)
 
 
 def _unmark_quantized(model: nn.Module) -> None:

@@ -28,16 +28,20 @@ class TokenCoverage:
         """Note what the decoder was called with."""
         self.sparse = sparse_tokens(self.coverage, dict(zip(self.names, args, strict=False)) | kwargs)
 
-    def threshold(self, threshold: Tensor, x: Tensor) -> Tensor | None:
-        """The threshold of each token of x, (..., d): as given, (..., 1) where tokens differ, None if all are dense."""
+    def only_sparse(self, value: Tensor, x: Tensor) -> Tensor | None:
+        """``value``, () or (n,), for the sparse tokens of x, (..., d), and 0 for dense ones.
+
+        Returns:
+            As given, (..., 1 or n) where tokens differ, None if all are dense.
+        """
         sparse = self.sparse
         if isinstance(sparse, bool):
-            return threshold if sparse else None
+            return value if sparse else None
         if sparse.shape != x.shape[:-1]:  # not called by the decoder
-            return threshold
-        sparse = sparse.to(threshold.device)
-        # a threshold of 0 keeps everything; one token stays one threshold, which kernels take
-        return threshold * (sparse.reshape(()) if sparse.numel() == 1 else sparse.unsqueeze(-1))
+            return value
+        sparse = sparse.to(value.device)
+        # one token keeps the shape, which kernels take
+        return value * (sparse.reshape(()) if sparse.numel() == 1 else sparse.unsqueeze(-1))
 
 
 def sparse_tokens(coverage: Coverage, inputs: Mapping[str, Any]) -> Tensor | bool:

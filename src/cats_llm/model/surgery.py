@@ -9,9 +9,11 @@ from torch import nn
 
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.errors import CatsError
 from cats_llm.model.coverage import set_coverage
 from cats_llm.model.decode_linear import use_decode_linears
+from cats_llm.model.saving import save_vectors
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import GatedMLP, check_function, execution_device, find_gated_mlps, unwrap
 
@@ -25,14 +27,14 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
 
     Args:
         model: a causal language model with gated MLPs, also inside a PEFT wrapper.
-        config: one threshold a layer.
+        config: one threshold a layer, and maybe vectors.
 
     Returns:
         The same model.
 
     Raises:
-        CatsError: no gated MLP, another number of layers than the config's, or a model that is already quantised.
-            The model is then as it was.
+        CatsError: no gated MLP, another number of layers than the config's, vectors of another model or not read yet,
+            or a model that is already quantised. The model is then as it was.
     """
     base: Any = unwrap(model)
     existing = getattr(getattr(base, "config", None), "quantization_config", None)
@@ -65,6 +67,15 @@ def _check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
             f"the CATS config has thresholds for {_layers(sorted(config.thresholds))}, but the model's gated MLPs are "
             f"in {_layers(layers)}; calibrate this model."
         )
+    for mlp in mlps:
+        vectors = (config.vectors or {}).get(mlp.layer, LayerVectors())
+        for name, size in (("thresholds", mlp.intermediate_size), ("compensation", mlp.hidden_size)):
+            vector = getattr(vectors, name)
+            if vector is not None and len(vector) != size:
+                raise CatsError(
+                    f"the CATS config was made for another model: its {name} of layer {mlp.layer} are {len(vector)} "
+                    f"numbers, but the model needs {size}; calibrate this model."
+                )
 
 
 def _layers(indices: list[int]) -> str:
@@ -111,6 +122,7 @@ def densify(model: Model) -> Model:
     base = unwrap(model)
     use_decode_linears(base, False)
     set_coverage(base, Coverage())
+    save_vectors(base, False)
     for parent in list(base.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, SparseMLP):
@@ -134,22 +146,38 @@ def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:
 
 
 def thresholds(model: nn.Module) -> dict[int, float]:
-    """The threshold of every sparse layer by its index; empty for a dense model."""
-    return {layer: mlp.threshold.item() for layer, mlp in sparse_mlps(model).items()}
+    """The threshold of every sparse layer by its index; empty for a dense model.
 
-
-@torch.no_grad()
-def set_thresholds(model: nn.Module, values: Mapping[int, float]) -> None:
-    """Set the thresholds of a sparse model, in place, without touching its config."""
+    Where a layer has a threshold a neuron, the number is the one of the criterion's score, as in its config.
+    """
+    found = {}
     for layer, mlp in sparse_mlps(model).items():
-        if mlp.threshold.is_meta:
-            mlp.threshold = torch.zeros((), dtype=torch.float32)
-        mlp.threshold.fill_(values[layer])
+        found[layer] = mlp.threshold.item() if mlp.score is None else mlp.score
+    return found
+
+
+def set_thresholds(
+    model: nn.Module, values: Mapping[int, float], vectors: Mapping[int, LayerVectors] | None = None
+) -> None:
+    """Set the thresholds of a sparse model and its vectors, in place, without touching its config.
+
+    Args:
+        model: sparse.
+        values: a threshold for every layer.
+        vectors: of layers that have any; the others have none afterwards.
+    """
+    for layer, mlp in sparse_mlps(model).items():
+        value, own = values[layer], (vectors or {}).get(layer, LayerVectors())
+        if own.thresholds is None:
+            mlp.set_vectors(torch.tensor(value, dtype=torch.float32, device="cpu"), own.compensation)
+        else:
+            mlp.set_vectors(own.thresholds, own.compensation, score=value)
 
 
 def configure(model: nn.Module, config: CatsConfig) -> None:
-    """Give a model that has sparse MLPs the thresholds of a config and the tokens that it covers, in place."""
-    set_thresholds(model, config.thresholds)
+    """Give a model that has sparse MLPs the thresholds, vectors and tokens of a config, in place."""
+    set_thresholds(model, config.thresholds, config.vectors)
+    save_vectors(model, config.vectors is not None)
     tokens = set_coverage(model, config.coverage)
     for mlp in sparse_mlps(model).values():
         mlp.tokens = tokens
