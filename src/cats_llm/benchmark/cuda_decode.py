@@ -93,7 +93,7 @@ def bench_cuda_decode(
     configs = {k: profile.config(k) for k in ks}
     typical = next((k for k in ks if k > 0), 0.0)
     models = _sparse_copies(model, configs, None if retune else typical)
-    shares = {k: read_shares(models["all", k], configs[k].thresholds, prompt, min(tokens, 16)) for k in ks}
+    shares = {k: read_shares(models["all", k], configs[k], prompt, min(tokens, 16)) for k in ks}
     steps: dict[Any, _Step] = {}  # by model
     if "one step" in modes:
         steps = {m: _Step(m, prompt, tokens) for m in (model, *(models["all", k] for k in ks))}
@@ -106,7 +106,7 @@ def bench_cuda_decode(
             if turn < len(contestants):
                 announce(f"preparing {contestant.name}")  # this is where it is compiled
             if k is not None:
-                set_thresholds(used, configs[k].thresholds)
+                set_thresholds(used, configs[k].thresholds, configs[k].vectors)
             if contestant.mode == "one step":
                 return steps[used].seconds()
             return _seconds_a_token(used, prompt, tokens, contestant.mode)
@@ -123,12 +123,13 @@ def bench_cuda_decode(
             announce("listing the kernels of a step")
             kernels["stock"] = steps[model].kernels()
             for k in dict.fromkeys((0.0, typical)):
-                set_thresholds(models["all", k], configs[k].thresholds)
+                set_thresholds(models["all", k], configs[k].thresholds, configs[k].vectors)
                 kernels[f"k = {k}"] = steps[models["all", k]].kernels()
     rows = []
     for name, contestant in contestants.items():
         share = {} if contestant.k is None else shares[contestant.k]
-        moved = bytes_per_token(model, {layer: 1 - value for layer, value in share.items()})
+        vectors = None if contestant.k is None else configs[contestant.k].vectors
+        moved = bytes_per_token(model, {layer: 1 - value for layer, value in share.items()}, vectors)
         references = {
             "speedup_over_stock": _Contestant(contestant.mode, "stock", None).name,
             "speedup_over_own_dense": _Contestant(contestant.mode, contestant.part, 0.0).name,

@@ -14,6 +14,7 @@ from cats_llm.benchmark.rows import speed
 from cats_llm.benchmark.timing import Spread, take_turns
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
+from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.kernels import cpu
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.accounting import bytes_per_token
@@ -58,7 +59,7 @@ def bench_decode(
 
         def ours(name: str) -> Callable[[int], float]:
             def run(turn: int) -> float:
-                set_thresholds(model, configs[name].thresholds)
+                set_thresholds(model, configs[name].thresholds, configs[name].vectors)
                 return _seconds_a_token(model, prompt, tokens)
 
             return run
@@ -69,13 +70,15 @@ def bench_decode(
         read = _read_bandwidth(model)
         breakdown = {"stock transformers": _breakdown(stock, prompt, tokens)}
         for name, config in configs.items():
-            set_thresholds(model, config.thresholds)
+            set_thresholds(model, config.thresholds, config.vectors)
             breakdown[name] = _breakdown(model, prompt, tokens)
         references = {"speedup_over_stock": "stock transformers", "speedup_over_own_dense": "k = 0.0"}
         rows = []
         for name, times in seconds.items():
-            shares = {} if name not in configs else read_shares(model, configs[name].thresholds, prompt, tokens)
-            moved = bytes_per_token(model, {layer: 1 - share for layer, share in shares.items()}).sparse
+            used = configs.get(name)
+            shares = {} if used is None else read_shares(model, used, prompt, tokens)
+            vectors = None if used is None else used.vectors
+            moved = bytes_per_token(model, {layer: 1 - share for layer, share in shares.items()}, vectors).sparse
             rows.append(
                 {
                     "contestant": name,
@@ -189,9 +192,9 @@ def _read_bandwidth(model: nn.Module) -> float:
     return Spread.of(rates).median
 
 
-def read_shares(model: Any, thresholds: dict[int, float], prompt: Tensor, tokens: int) -> dict[int, float]:
+def read_shares(model: Any, config: CatsConfig, prompt: Tensor, tokens: int) -> dict[int, float]:
     """The share of neurons that a decode step reads, by layer: those that some sequence of the batch keeps."""
-    set_thresholds(model, thresholds)
+    set_thresholds(model, config.thresholds, config.vectors)
     shares: dict[int, list[float]] = {}
 
     def observe(mlp: GatedMLP, gate: Tensor) -> None:

@@ -52,6 +52,10 @@ class LayerVectors:
     def __bool__(self) -> bool:
         return self.thresholds is not None or self.compensation is not None
 
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each vector that there is has, by its name."""
+        return {part: len(vector) for part in _PARTS if (vector := getattr(self, part)) is not None}
+
     def copy(self) -> "LayerVectors":
         """Tensors of its own, on the CPU."""
         return replace(

@@ -7,8 +7,10 @@ import typer
 from cats_llm import bundled
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.files import check_output, write_json
+from cats_llm.checkpoint.vectors import FILE
 from cats_llm.cli import evaluate, options
 from cats_llm.cli.output import percent, quiet_libraries, show, size, table
+from cats_llm.integrations.transformers import load_vectors
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.accounting import bytes_per_token, sparsity_of
 from cats_llm.model.structure import activation_name, find_gated_mlps
@@ -51,6 +53,7 @@ def command(
     config = None
     if stored is not None:
         config = stored if isinstance(stored, CatsConfig) else CatsConfig.from_dict(dict(stored))
+        load_vectors(config, model, revision=revision)
     measured: dict[int, float] = {}
     if measure and config is not None:
         loaded = load_model(model, dtype, device, revision, trust_remote_code)
@@ -66,6 +69,7 @@ def command(
 def _facts(skeleton: Any, config: CatsConfig | None, measured: dict[int, float]) -> dict[str, Any]:
     expected = config.layer_sparsity if config else {}
     shares = measured or expected
+    vectors = (config.vectors if config else None) or {}
     layers = [
         {
             "layer": mlp.layer,
@@ -75,6 +79,7 @@ def _facts(skeleton: Any, config: CatsConfig | None, measured: dict[int, float])
             "fused": mlp.fused,
             "activation": activation_name(mlp.activation) or type(mlp.activation).__name__,
             "threshold": config.thresholds.get(mlp.layer) if config else None,
+            "vectors": vectors[mlp.layer].sizes() if mlp.layer in vectors else {},
             "expected_sparsity": expected.get(mlp.layer),
             "measured_sparsity": measured.get(mlp.layer),
         }
@@ -86,7 +91,8 @@ def _facts(skeleton: Any, config: CatsConfig | None, measured: dict[int, float])
         "target_sparsity": config.sparsity if config else None,
         "sparsity": vars(sparsity_of(skeleton, shares)),
         "sparsity_is": "measured" if measured else "expected" if expected else "none",
-        "bytes_per_token": vars(bytes_per_token(skeleton, shares)),
+        "bytes_per_token": vars(bytes_per_token(skeleton, shares, vectors)),
+        "criterion": (config.criterion or None) if config else None,
         "calibration": config.calibration if config else None,
         "coverage": config.coverage.to_dict() if config else None,
         "tokens": str(config.coverage) if config else None,
@@ -124,3 +130,12 @@ def _show(name: str, facts: dict[str, Any]) -> None:
             f"of MLP weights (FFN), {percent(shares['model'])} of linear weights (model)"
         )
         show(f"sparse tokens: {facts['tokens']}")
+        criterion = dict(facts["criterion"] or {})
+        if criterion:
+            name = criterion.pop("name", "not named")
+            settings = ", ".join(f"{key} {value}" for key, value in criterion.items())
+            show(f"criterion: {name}" + (f" ({settings})" if settings else ""))
+        for part, meaning in (("thresholds", "a threshold a neuron"), ("compensation", "compensation of the output")):
+            layers = [layer["layer"] for layer in facts["layers"] if part in layer["vectors"]]
+            if layers:
+                show(f"{meaning} in {len(layers)} of {len(facts['layers'])} layers ({FILE})")

@@ -60,7 +60,7 @@ def digest_json(value: Any) -> str:
 
 @torch.no_grad()
 def digest_model(model: nn.Module) -> str:
-    """Of the weights, their names and dtypes, and the config without its CATS entry.
+    """Of the weights, their names and dtypes, and the config without its CATS entry: the same, dense or sparse.
 
     Raises:
         CatsError: a weight is not in memory.

@@ -140,6 +140,7 @@ class Variant:
             "sparsity": self.sparsity,
             "coverage": (config.coverage if config is not None else Coverage()).to_dict(),
             "thresholds": {str(k): v for k, v in config.thresholds.items()} if config is not None and takes else None,
+            "criterion": (config.criterion or None) if config is not None else None,
             "layer_sparsity": {str(k): v for k, v in config.layer_sparsity.items()} if config is not None else {},
             "calibration": (config.calibration or None) if config is not None else None,
         }

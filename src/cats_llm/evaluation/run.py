@@ -168,7 +168,8 @@ class _Keys:
         config = variant.config
         settings: Any = None
         if config is not None:
-            settings = [{str(k): v for k, v in config.thresholds.items()}, config.coverage.to_dict()]
+            thresholds = {str(k): v for k, v in config.thresholds.items()}
+            settings = [thresholds, config.coverage.to_dict(), config.vectors_sha256]
         content = task.content() | task.versions()
         return self.common | {
             "model": self.base,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.model.structure import decoder_of, find_gated_mlps, unwrap
 
 
@@ -44,10 +45,13 @@ class BytesPerToken:
     mlp_sparse: int
 
 
-def bytes_per_token(model: nn.Module, layer_sparsity: Mapping[int, float]) -> BytesPerToken:
+def bytes_per_token(
+    model: nn.Module, layer_sparsity: Mapping[int, float], vectors: Mapping[int, LayerVectors] | None = None
+) -> BytesPerToken:
     """Weights read for one token, dense and at the given gate sparsity of each layer.
 
-    All of the decoder and the lm_head, but of the input embedding only one row (not counted).
+    All of the decoder and the lm_head, but of the input embedding only one row (not counted). The sparse model also
+    reads its vectors: thresholds in float32, compensation in the weights' dtype.
     """
     base: Any = unwrap(model)
     total = sum(p.numel() * p.element_size() for p in decoder_of(model).parameters())
@@ -59,9 +63,12 @@ def bytes_per_token(model: nn.Module, layer_sparsity: Mapping[int, float]) -> By
         total += head.weight.numel() * head.weight.element_size()
     mlp_dense = mlp_skipped = 0.0
     for mlp in find_gated_mlps(model):
-        matrix = mlp.hidden_size * mlp.intermediate_size * mlp.down_linear.weight.element_size()
+        size = mlp.down_linear.weight.element_size()
+        matrix = mlp.hidden_size * mlp.intermediate_size * size
         mlp_dense += 3 * matrix
         mlp_skipped += 2 * matrix * layer_sparsity.get(mlp.layer, 0.0)
+        numbers = (vectors or {}).get(mlp.layer, LayerVectors()).sizes()
+        mlp_skipped -= 4 * numbers.get("thresholds", 0) + size * numbers.get("compensation", 0)
     return BytesPerToken(total, round(total - mlp_skipped), round(mlp_dense), round(mlp_dense - mlp_skipped))
 
 

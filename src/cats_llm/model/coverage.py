@@ -28,17 +28,22 @@ class TokenCoverage:
         """Note what the decoder was called with."""
         self.sparse = sparse_tokens(self.coverage, dict(zip(self.names, args, strict=False)) | kwargs)
 
+    def of(self, x: Tensor) -> Tensor | bool:
+        """Which tokens of x, (..., d), are sparse: True (all), False (none), or bool (...)."""
+        sparse = self.sparse
+        if isinstance(sparse, bool):
+            return sparse
+        return sparse if sparse.shape == x.shape[:-1] else True  # not called by the decoder
+
     def only_sparse(self, value: Tensor, x: Tensor) -> Tensor | None:
         """``value``, () or (n,), for the sparse tokens of x, (..., d), and 0 for dense ones.
 
         Returns:
             As given, (..., 1 or n) where tokens differ, None if all are dense.
         """
-        sparse = self.sparse
+        sparse = self.of(x)
         if isinstance(sparse, bool):
             return value if sparse else None
-        if sparse.shape != x.shape[:-1]:  # not called by the decoder
-            return value
         sparse = sparse.to(value.device)
         # one token keeps the shape, which kernels take
         return value * (sparse.reshape(()) if sparse.numel() == 1 else sparse.unsqueeze(-1))

@@ -68,13 +68,12 @@ def _check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
             f"in {_layers(layers)}; calibrate this model."
         )
     for mlp in mlps:
-        vectors = (config.vectors or {}).get(mlp.layer, LayerVectors())
-        for name, size in (("thresholds", mlp.intermediate_size), ("compensation", mlp.hidden_size)):
-            vector = getattr(vectors, name)
-            if vector is not None and len(vector) != size:
+        needed = {"thresholds": mlp.intermediate_size, "compensation": mlp.hidden_size}
+        for name, size in (config.vectors or {}).get(mlp.layer, LayerVectors()).sizes().items():
+            if size != needed[name]:
                 raise CatsError(
-                    f"the CATS config was made for another model: its {name} of layer {mlp.layer} are {len(vector)} "
-                    f"numbers, but the model needs {size}; calibrate this model."
+                    f"the CATS config was made for another model: its {name} of layer {mlp.layer} are {size} numbers, "
+                    f"but the model needs {needed[name]}; calibrate this model."
                 )
 
 
