@@ -13,6 +13,7 @@ import cats_llm
 from cats_llm import CatsConfig, CatsError, Coverage, SparseMLP
 from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.kernels import cpu, registry
+from cats_llm.kernels.gpu import calls
 from cats_llm.model.surgery import set_thresholds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,26 +83,47 @@ def test_equals_the_formula(dtype, bias, fused, parts, tokens):
     check(model(x), gated_mlp(model[0], x, threshold, compensation))
 
 
+KERNELS = {
+    "C++": pytest.param(
+        cpu.gated_mlp, marks=pytest.mark.skipif(not cpu.available(), reason="the kernels are not built")
+    ),
+    "Triton": pytest.param(
+        calls.gated_mlp, marks=pytest.mark.skipif(not calls.INTERPRETED, reason="CPU tensors need the interpreter")
+    ),
+}
+
+
+# NumPy, under Triton's interpreter, warns of what a GPU computes silently
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
 @torch.no_grad()
-def test_the_kernel_gets_the_compensation_as_bias_and_agrees_with_the_plain_path(dtype, monkeypatch):
+def test_a_kernel_gets_the_compensation_as_bias_and_agrees_with_the_plain_path(
+    tokens, dtype, bias, fused, kernel, monkeypatch
+):
     seen = []
 
     def run(x, *args, sparsity=0.0):
         seen.append(args)
-        return cpu.gated_mlp(x, *args) if cpu.available() else registry.definition.gated_mlp(x, *args)
+        return kernel(x, *args)
 
     monkeypatch.setattr(registry, "_kernels", [registry.Kernel("spy", run, lambda request: True, 99)])
-    model, threshold, compensation = build(dtype=dtype)
-    x = clear_of(model, torch.randn(60, D).to(dtype), threshold)[:1]
+    model, threshold, compensation = build(fused, bias, dtype)
+    x = clear_of(model, torch.randn(100 * tokens, D).to(dtype), threshold)[:tokens]
+    assert len(x) == tokens
     y = model(x)
     assert len(seen) == 1
     assert torch.equal(seen[0][3], threshold)
-    assert torch.equal(seen[0][-1], compensation.to(dtype))
-    first = seen[0][-1].data_ptr()
-    model(x)
-    assert seen[1][-1].data_ptr() == first, "the step must not make the bias anew"
-    monkeypatch.setattr(registry, "_kernels", [])
+    if bias:
+        assert torch.equal(seen[0][-1], model[0].down_proj.bias + compensation.to(dtype))
+    else:
+        assert torch.equal(seen[0][-1], compensation.to(dtype))
+        model(x)
+        assert seen[1][-1] is seen[0][-1], "the step must not make the bias anew"
+    check(y, gated_mlp(model[0], x, threshold, compensation), scale=2)
     monkeypatch.setattr(registry, "MAX_DECODE_TOKENS", 0)
     check(y, model(x).double(), scale=2)
 

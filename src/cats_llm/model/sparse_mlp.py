@@ -1,6 +1,5 @@
 """The module that takes the place of a gated MLP."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,8 +7,8 @@ from torch import Tensor, nn
 
 from cats_llm.kernels import cpu, gpu, registry
 from cats_llm.kernels.definition import cats_activation
-from cats_llm.model.plain_weights import plain_weights
 from cats_llm.model.structure import GatedMLP, activation_name
+from cats_llm.model.vectors import ExactVectors
 
 if TYPE_CHECKING:
     from cats_llm.model.coverage import TokenCoverage
@@ -24,7 +23,7 @@ _HOOKS = (
 )
 
 
-class SparseMLP(nn.Module):
+class SparseMLP(ExactVectors):
     """``down(CATS_t(act(gate(x))) * up(x))`` with the projections of the dense module, under the same names.
 
     The projections are shared with the dense module, not copied, and are called as modules wherever something may
@@ -32,15 +31,12 @@ class SparseMLP(nn.Module):
     step, the kernel registry chooses the implementation.
 
     Attributes:
-        threshold: float32, () or (f,); not part of the state dict, and exact whatever dtype the model is cast to.
-        compensation: float32 (d,), added to the output of sparse tokens, or None; kept as the threshold is.
-        score: where the threshold is (f,): the one number, of the criterion's score, that it was made from.
+        threshold, compensation, score: see `ExactVectors`.
         sparse: False runs the dense function, for calibration and comparison.
         expected_sparsity: share of neurons that a token is expected to skip; chooses kernels, not what is computed.
         tokens: knows which tokens of the running call are sparse; None if all are.
     """
 
-    threshold: Tensor
     # either gate_proj and up_proj, or gate_up_proj
     gate_proj: nn.Linear
     up_proj: nn.Linear
@@ -48,7 +44,7 @@ class SparseMLP(nn.Module):
     down_proj: nn.Linear
 
     def __init__(self, mlp: GatedMLP, threshold: Tensor) -> None:
-        super().__init__()
+        super().__init__(threshold)
         # not registered: its children are ours, and the state dict must not name them twice
         self.__dict__["_dense"] = mlp.module
         # one set of hooks for both: what was attached before stays, what is attached later stays after densify
@@ -60,9 +56,6 @@ class SparseMLP(nn.Module):
                 self.activation_attribute = name
         self.fused = mlp.fused
         self.activation_name = activation_name(mlp.activation)
-        self.register_buffer("threshold", threshold.to(torch.float32), persistent=False)
-        self._cast: Tensor | None = None
-        self.score: float | None = None
         self.sparse = True
         self.expected_sparsity = 0.0
         self.tokens: TokenCoverage | None = None
@@ -72,19 +65,6 @@ class SparseMLP(nn.Module):
     def activation(self) -> nn.Module:
         """The activation function."""
         return self.get_submodule(self.activation_attribute)
-
-    @property
-    def compensation(self) -> Tensor | None:
-        """Float32 (d,), added to the output of sparse tokens. Assign another one; do not change it in place."""
-        return getattr(self, "_compensation", None)
-
-    @compensation.setter
-    def compensation(self, value: Tensor | None) -> None:
-        if hasattr(self, "_compensation"):
-            del self._compensation
-        if value is not None:  # a buffer that is None would trip up accelerate
-            self.register_buffer("_compensation", value, persistent=False)
-        self._cast = None
 
     def use_activation(self, activation: nn.Module | None) -> None:
         """Compute with another activation function (ReLUfication); None takes the dense module's own again."""
@@ -142,48 +122,21 @@ class SparseMLP(nn.Module):
 
     def _added(self, y: Tensor) -> Tensor | None:
         """The compensation for y, (..., d), in its dtype: (d,), or (..., d) where tokens differ; None for none."""
-        if self.compensation is None:
-            return None
-        cast = self._cast
-        if cast is None or not _fits(cast, y):
-            cast = self.compensation.to(y.device, y.dtype)
-            graph = gpu.in_graph() if y.is_cuda else torch.compiler.is_compiling()
-            if not graph and _fits(cast, self.down_proj.weight):
-                self._keep_cast()
-        return self._for_sparse_tokens(cast, y)
-
-    @torch.inference_mode(False)
-    def _keep_cast(self) -> None:
-        """Keep the compensation in the weights' dtype, so that a decode step need not make it."""
-        weight = self.down_proj.weight
-        known = self._cast is not None and _fits(self._cast, weight)
-        if self.compensation is not None and not weight.is_meta and not known:
-            self._cast = self.compensation.to(weight.device, weight.dtype)
-
-    @torch.no_grad()
-    def set_vectors(self, threshold: Tensor, compensation: Tensor | None = None, score: float | None = None) -> None:
-        """Take other thresholds and another compensation; in place where shapes stay, so that captured graphs see it.
-
-        Args:
-            threshold: float32, () or (f,).
-            compensation: float32 (d,).
-            score: of thresholds (f,), the one number that they were made from.
-        """
-        device = torch.device("cpu") if self.threshold.is_meta else self.threshold.device
-        self.threshold = _in_place(self.threshold, threshold, device)
-        self.score = score
-        if compensation is None:
-            self.compensation = None
-            return
-        old, cast = self.compensation, self._cast
-        self.compensation = _in_place(old, compensation, device)
-        if self.compensation is old and cast is not None:
-            self._cast = cast.copy_(compensation)
-        self._keep_cast()
+        compensation = self._compensation_like(y)
+        return None if compensation is None else self._for_sparse_tokens(compensation, y)
 
     def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
+        """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""
         linears = [self.gate_up_proj] if self.fused else [self.gate_proj, self.up_proj]
-        return plain_weights([*linears, self.down_proj], x)
+        linears.append(self.down_proj)
+        if torch.is_autocast_enabled(x.device.type) or not all(_is_plain(linear, x) for linear in linears):
+            return None
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor | None] = [linear.bias for linear in linears]
+        if self.fused:
+            weights[:1] = weights[0].chunk(2)
+            biases[:1] = (None, None) if biases[0] is None else biases[0].chunk(2)
+        return tuple(weights), tuple(biases)
 
     def store_neuron_major(self, enabled: bool = True) -> None:
         """Lay down_proj's weight out so that a neuron's column is contiguous, or, to undo it, its rows.
@@ -200,18 +153,6 @@ class SparseMLP(nn.Module):
         elif kernels.available() and (weight.stride(0) != 1 or weight.shape[0] == 1):
             weight.data = kernels.neuron_major(weight.data)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
-        exact, cast = (self.threshold, self.compensation), self._cast
-        super()._apply(fn, recurse)
-        # follow the model to its device, but never to its dtype
-        self.threshold = _moved(exact[0], self.threshold)
-        if exact[1] is not None and self.compensation is not None:
-            self.compensation = _moved(exact[1], self.compensation)
-            # what a captured graph reads stays where it is as long as the weights do
-            self._cast = cast if self.compensation is exact[1] else None
-            self._keep_cast()
-        return self
-
     def dense_module(self) -> nn.Module:
         """The dense module that this one replaced, with the projections as they are now."""
         self.store_neuron_major(False)
@@ -227,18 +168,13 @@ class SparseMLP(nn.Module):
         return f"threshold={shown}" + (", compensation" if self.compensation is not None else "")
 
 
-def _in_place(old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
-    """``new`` in the memory of ``old`` if it fits there, else a copy of it on the device."""
-    if old is not None and old.shape == new.shape and not old.is_meta:
-        return old.copy_(new)
-    return new.to(device, torch.float32, copy=True)
-
-
-def _moved(exact: Tensor, like: Tensor) -> Tensor:
-    if exact.is_meta or like.is_meta:
-        return torch.empty_like(exact, device=like.device)
-    return exact.to(like.device)
-
-
-def _fits(tensor: Tensor, like: Tensor) -> bool:
-    return tensor.dtype == like.dtype and tensor.device == like.device
+def _is_plain(linear: nn.Module, x: Tensor) -> bool:
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__  # accelerate's hooks replace the method of the instance
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and type(linear.weight) is nn.Parameter  # not a DTensor, nor a quantised tensor
+        and linear.weight.device == x.device
+        and linear.weight.dtype == x.dtype
+    )
