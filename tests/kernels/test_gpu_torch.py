@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cats_llm.calibration.calibrate import calibrate
+from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.kernels import cpu, definition, gpu, registry
 from cats_llm.kernels.gpu import calls, tuning
 from cats_llm.kernels.gpu.config import FewTokens, OneToken, Tile, candidates, default, smaller
@@ -298,6 +300,42 @@ def test_prefill_uses_the_fused_step_and_stays_the_same_function():
     set_thresholds(model, {0: 1e9, 1: 1e9})
     with torch.no_grad():
         assert not mlp(x).any()
+
+
+@gpu_only
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_captured_mlp_sees_other_vectors(bias):
+    model = tiny_model()
+    if bias:
+        for layer in model.model.layers:
+            layer.mlp.down_proj.bias = nn.Parameter(torch.randn(128, dtype=torch.bfloat16), requires_grad=False)
+    model.cuda()
+
+    def vectors(seed):
+        generator = torch.Generator().manual_seed(seed)
+        made = {
+            layer: LayerVectors(torch.rand(352, generator=generator) / 10, torch.randn(128, generator=generator))
+            for layer in (0, 1)
+        }
+        return CatsConfig({0: 0.05, 1: 0.05}, vectors=made)
+
+    mlp = sparse_mlps(sparsify(model, vectors(0)))[0]
+    x = torch.randn(1, 1, 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        mlp(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = mlp(x)
+        last = None
+        for seed in (0, 1, 2):
+            sparsify(model.to("cuda", torch.bfloat16), vectors(seed))
+            graph.replay()
+            assert torch.equal(out, mlp(x))
+            assert last is None or not torch.equal(out, last)
+            last = out.clone()
+        compiled = torch.compile(mlp, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), mlp(x), rtol=2e-2, atol=2e-2)
 
 
 def test_the_kernels_of_all_devices_are_registered():
