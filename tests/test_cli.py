@@ -530,3 +530,87 @@ class TestTune:
     def test_without_a_gpu(self, cats, capsys):
         assert cats("tune", "--shape", "mistral-7b") == 1
         assert "nothing to tune" in capsys.readouterr().err
+
+
+# criteria
+
+
+@pytest.fixture(scope="module")
+def fitted(model, cats, tmp_path_factory):
+    """A checkpoint of a criterion that needs vectors, and what the command wrote as JSON."""
+    out = tmp_path_factory.mktemp("fitted")
+    name = "moment+sequential+allocate+distill"
+    arguments = ["--sparsity", 0.6, "--data", TEXT, *SMALL, "--dtype", "float32", "--distill-steps", 4]
+    assert cats("sparsify", model, out / "m", "--criterion", name, *arguments, "--json", out / "m.json") == 0
+    return out / "m"
+
+
+def test_a_criterion_writes_an_ordinary_checkpoint_and_one_small_file(model, fitted, read_json):
+    assert digest(fitted / "model.safetensors") == digest(model / "model.safetensors")
+    written = read_json(fitted / "config.json")["quantization_config"]
+    assert written["version"] == 3
+    assert written["criterion"]["name"] == "moment+compensate+sequential+allocate+distill"
+    assert written["criterion"]["distillation"]["steps"] == 4
+    assert written["vectors"]["sha256"] == digest(fitted / "cats.safetensors")
+    shares = list(written["layer_sparsity"].values())
+    assert sum(shares) / len(shares) == pytest.approx(0.6, abs=5e-3)
+    loaded = AutoModelForCausalLM.from_pretrained(fitted, dtype="auto")
+    assert loaded.config.quantization_config.vectors is not None
+
+
+def test_a_model_with_a_criterion_generates_and_is_inspected(fitted, cats, tmp_path, read_json, capsys):
+    assert cats("generate", fitted, "--prompt", "Once upon a time", "--max-new-tokens", 4) == 0
+    assert cats("inspect", fitted, "--seq-length", 64, "--samples", 4, "--json", tmp_path / "i.json") == 0
+    assert "moment" in capsys.readouterr().out
+
+
+def test_auto_says_what_it_measured(model_folders, cats, tmp_path, read_json, capsys):
+    out = tmp_path / "m"
+    small = ["--samples", 4, "--seq-length", 64, "--batch-size", 2]
+    arguments = ["--sparsity", 0.5, "--data", TEXT, *small, "--distill-steps", 2, "--json", tmp_path / "m.json"]
+    assert cats("sparsify", model_folders["qwen3"], out, "--criterion", "auto", *arguments) == 0
+    measured = read_json(tmp_path / "m.json")["measured"]
+    assert next(iter(measured)) == "cats"
+    chosen = read_json(out / "config.json")["quantization_config"].get("criterion", {}).get("name", "cats")
+    assert chosen == min(measured, key=measured.get)
+    assert "KL to dense" in capsys.readouterr().out
+
+
+def test_as_much_sparsity_as_bytes_or_perplexity_allow(model_folders, cats, tmp_path, read_json):
+    model = model_folders["bundled"]
+    small = ["--data", TEXT, "--samples", 4, "--seq-length", 64, "--batch-size", 2]
+    assert cats("sparsify", model, tmp_path / "a", "--bytes-per-token", "13MB", *small) == 0
+    k = read_json(tmp_path / "a" / "config.json")["quantization_config"]["sparsity"]
+    linear = 2 * 4096 * 256 + 2 * 8 * (256 * (256 + 128 + 128) + 256 * 256) + 2 * 17 * 256  # head, attention, norms
+    mlp = 2 * 8 * 3 * 256 * 896
+    assert linear + mlp * (1 - 2 / 3 * k) == pytest.approx(13e6, rel=1e-6)
+    arguments = ["--max-perplexity-increase", "10%", *small, "--json", tmp_path / "b.json"]
+    assert cats("sparsify", model, tmp_path / "b", *arguments) == 0
+    facts = read_json(tmp_path / "b.json")
+    assert facts["measured"][f"{facts['config']['sparsity']:g}"] <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--criterion", "magic", "--sparsity", 0.5], "'magic' is no score"),
+        (["--criterion", "cats+magic", "--sparsity", 0.5], "is no part of one"),
+        (["--sparsity", 0.5, "--bytes-per-token", "1GB"], "pass one of --sparsity"),
+        ([], "pass one of --sparsity"),
+        (["--bytes-per-token", "many"], "'many' is no size"),
+        (["--bytes-per-token", "1GB"], "bytes a token cannot be had"),
+        (["--max-perplexity-increase", "-3"], "'-3' is no increase"),
+        (["--max-perplexity-increase", "3", "--criterion", "auto"], "compares criteria at one sparsity"),
+    ],
+)
+def test_wrong_questions_are_one_sentence(model_folders, cats, tmp_path, capsys, arguments, message):
+    assert cats("sparsify", model_folders["qwen3"], tmp_path / "m", "--data", TEXT, *SMALL, *arguments) != 0
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in shown, shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_criterion_needs_text(model_folders, profile, cats, tmp_path, capsys):
+    arguments = ["--sparsity", 0.5, "--criterion", "norm", "--profile", profile]
+    assert cats("sparsify", model_folders["qwen3"], tmp_path / "m", *arguments) != 0
+    assert "pass --data instead" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cats_llm.calibration.distribution import MagnitudeDistribution
+from cats_llm.errors import CatsError
 from cats_llm.kernels.definition import Activation, gate_activation
 
 # A bin is a range of float32 numbers with the same sign, exponent and first 12 bits of the mantissa, so that every
@@ -50,6 +51,18 @@ class GateHistogram:
     def tensors(self) -> list[Tensor]:
         """The state. Adding the states of two histograms merges them."""
         return [self.counts, self.not_finite, self.between]
+
+    def check(self, layer: int) -> None:
+        """Make sure that all that was counted was finite.
+
+        Raises:
+            CatsError: it was not.
+        """
+        if self.not_finite:
+            raise CatsError(
+                f"gate activations of layer {layer} are NaN or infinite; the weights are damaged "
+                "or the dtype overflows: try --dtype float32."
+            )
 
     def distribution(self, activation: Activation) -> MagnitudeDistribution:
         """The distribution of ``|activation(gate)|`` over all that was counted."""

@@ -1,10 +1,12 @@
 """`cats calibrate`: text through the dense model, to a profile."""
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
@@ -90,11 +92,23 @@ def run(
 
     Of several processes each takes its share.
     """
+    sequences = _sequences(model, tokenizer, data, samples, length, reading)
+    return calibrate(model, batched(track(sequences, "calibrating", samples), batch_size), data=data)
+
+
+def load_batches(
+    model: Any, tokenizer: Any, data: str, *, samples: int, length: int, batch_size: int, **reading: Any
+) -> list[Tensor]:
+    """The same text as `run` takes, for what goes over it several times."""
+    return list(batched(_sequences(model, tokenizer, data, samples, length, reading), batch_size))
+
+
+def _sequences(
+    model: Any, tokenizer: Any, data: str, samples: int, length: int, reading: dict[str, Any]
+) -> Iterator[Tensor]:
     options.check_length(length, model.config)
     sequences = load_sequences(data, tokenizer, length, samples=samples, **reading)
-    mine = islice(sequences, parallel.rank(), None, parallel.world_size())
-    batches = batched(track(mine, "calibrating", samples), batch_size)
-    return calibrate(model, batches, data=data)
+    return islice(sequences, parallel.rank(), None, parallel.world_size())
 
 
 def summarise(profile: Profile) -> dict[str, Any]:

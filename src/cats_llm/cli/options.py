@@ -59,7 +59,7 @@ Dtype = Annotated[
     str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")
 ]
 Sparsity = Annotated[
-    float,
+    float | None,
     typer.Option(
         parser=parse_sparsity,
         metavar="K",

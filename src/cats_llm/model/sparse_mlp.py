@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cats_llm.kernels import cpu, gpu, registry
 from cats_llm.kernels.definition import cats_activation
-from cats_llm.model.structure import GatedMLP, activation_name
+from cats_llm.model.structure import GatedMLP, activation_name, gate_and_up
 from cats_llm.model.vectors import ExactVectors
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ class SparseMLP(ExactVectors):
                     if added is not None:
                         biases = (*biases[:-1], added if biases[-1] is None else biases[-1] + added)
                     return kernel.run(x, w_gate, w_up, w_down, threshold, self.activation_name, *biases, sparsity=k)
-        if self.fused:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = gate_and_up(self, self.fused, x)
         y: Tensor = self.down_proj(self._product(gate, up, threshold))
         added = self._added(y)
         return y if added is None else y + added
@@ -113,9 +110,10 @@ class SparseMLP(ExactVectors):
 
     def threshold_for(self, x: Tensor) -> Tensor | None:
         """The threshold of x, (..., d): (), (f,), or (..., 1 or f) where tokens differ; None if all are dense."""
-        return self._for_sparse_tokens(self.threshold, x)
+        return self.of_sparse_tokens(self.threshold, x)
 
-    def _for_sparse_tokens(self, value: Tensor, x: Tensor) -> Tensor | None:
+    def of_sparse_tokens(self, value: Tensor, x: Tensor) -> Tensor | None:
+        """A value, () or (n,), for the sparse tokens of x, (..., d), and 0 for dense ones; None if all are dense."""
         if not self.sparse:
             return None
         return value if self.tokens is None else self.tokens.only_sparse(value, x)
@@ -123,7 +121,7 @@ class SparseMLP(ExactVectors):
     def _added(self, y: Tensor) -> Tensor | None:
         """The compensation for y, (..., d), in its dtype: (d,), or (..., d) where tokens differ; None for none."""
         compensation = self._compensation_like(y)
-        return None if compensation is None else self._for_sparse_tokens(compensation, y)
+        return None if compensation is None else self.of_sparse_tokens(compensation, y)
 
     def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
         """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""

@@ -201,13 +201,17 @@ def check_function(mlp: GatedMLP) -> None:
 
 def dense_forward(mlp: GatedMLP, x: Tensor) -> Tensor:
     """``down(act(gate(x)) * up(x))`` through the module's own projections: the MLP before CATS."""
-    module: Any = mlp.module
-    if mlp.fused:
-        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-    else:
-        gate, up = module.gate_proj(x), module.up_proj(x)
-    y: Tensor = module.down_proj(mlp.activation(gate) * up)
+    gate, up = gate_and_up(mlp.module, mlp.fused, x)
+    y: Tensor = mlp.down_linear(mlp.activation(gate) * up)
     return y
+
+
+def gate_and_up(module: Any, fused: bool, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x W_gate`` and ``x W_up``, (..., f), through the module's own projections."""
+    if fused:
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        return gate, up
+    return module.gate_proj(x), module.up_proj(x)
 
 
 class GateObserver(Protocol):

@@ -194,3 +194,35 @@ def dense_function(model: nn.Module) -> Iterator[None]:
     finally:
         for mlp, sparse in zip(mlps, before, strict=True):
             mlp.sparse = sparse
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Leave the model as it was found, dense or with its own thresholds, whatever is done to it in between."""
+    config = getattr(unwrap(model), "config", None)
+    config = getattr(config, "quantization_config", None) if sparse_mlps(model) else None
+    before = {module: module.sparse for module in sparse_mlps(model).values()}
+    try:
+        yield
+    finally:
+        for module, sparse in before.items():
+            module.sparse = sparse
+        if isinstance(config, CatsConfig):
+            sparsify(model, config)
+        else:
+            densify(model)
+
+
+def sparse_for_calibration(model: nn.Module) -> list[GatedMLP]:
+    """The model's gated MLPs, all of them sparse modules that compute the dense function."""
+    replace_mlps(find_gated_mlps(model))
+    mlps = find_gated_mlps(model)
+    for mlp in mlps:
+        sparse_module(mlp).sparse = False
+    return mlps
+
+
+def sparse_module(mlp: GatedMLP) -> SparseMLP:
+    """The module of a gated MLP that is sparse already."""
+    assert isinstance(mlp.module, SparseMLP)
+    return mlp.module

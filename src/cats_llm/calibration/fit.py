@@ -1,0 +1,202 @@
+"""Fit a criterion to a model: thresholds, and what makes up for them, from calibration text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats_llm.calibration.allocation import allocate
+from cats_llm.calibration.batches import Batch, CalibrationText, rows_of, run_decoder, sum_over_processes
+from cats_llm.calibration.calibrate import evaluated, record_of
+from cats_llm.calibration.criterion import Criterion
+from cats_llm.calibration.distill import Distillation, distill
+from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.calibration.lockstep import run_in_lockstep
+from cats_llm.calibration.scores import SCORES
+from cats_llm.calibration.statistics import LayerStatistics, down_weight, hidden_parts
+from cats_llm.checkpoint.config import CatsConfig, check_sparsity
+from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.kernels.definition import gate_activation, keep_mask
+from cats_llm.model.coverage import set_coverage
+from cats_llm.model.structure import GatedMLP, gate_and_up
+from cats_llm.model.surgery import restored, sparse_for_calibration, sparse_module
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """What was decided for a layer.
+
+    Attributes:
+        weights: of the score, float32 (f,).
+        tau: the score's threshold.
+        achieved: the gate sparsity on the calibration tokens.
+        compensation: float32 (d,), or None.
+    """
+
+    weights: Tensor
+    tau: float
+    achieved: float
+    compensation: Tensor | None = None
+
+    @property
+    def threshold(self) -> Tensor:
+        """float32: (), or (f,) if neurons differ."""
+        if bool((self.weights == 1).all()):
+            return torch.tensor(self.tau, dtype=torch.float32, device=self.weights.device)
+        return (self.tau / self.weights).clamp(max=_LARGEST)
+
+    def vectors(self) -> LayerVectors:
+        """What of it does not fit into one number."""
+        return LayerVectors(self.threshold if self.threshold.dim() else None, self.compensation)
+
+
+def fit(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sparsity: float,
+    criterion: Criterion,
+    *,
+    coverage: Coverage | None = None,
+    data: str | None = None,
+    distillation: Distillation | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> CatsConfig:
+    """Thresholds and vectors of a model for a gate sparsity.
+
+    The model is at the end what it was before. Under torch.distributed each process passes its share of the batches,
+    and all get the same config.
+
+    Args:
+        model: a causal language model with gated MLPs, dense or CATS (then its dense function is calibrated).
+        batches: calibration text; it is read several times.
+        sparsity: k, in [0, 1); with ``criterion.allocate``, the average over the MLPs' weights.
+        criterion: what to decide by.
+        coverage: which tokens will be sparse. First tokens that stay dense are left out of the statistics.
+        data: what the text is, for the record.
+        distillation: how the compensation is learned, with ``criterion.distill``.
+        notify: told in a few words what is being done.
+
+    Raises:
+        CatsError: no gated MLP, no tokens, a sparsity out of range, or activations that are NaN or infinite.
+    """
+    check_sparsity(sparsity)
+    say = notify or (lambda _: None)
+    coverage = coverage or Coverage()
+    with evaluated(model), restored(model):
+        text = CalibrationText(batches, Coverage(dense_first_tokens=coverage.dense_first_tokens))
+        mlps = sparse_for_calibration(model)
+        shares = dict.fromkeys((mlp.layer for mlp in mlps), sparsity)
+        if criterion.allocate and sparsity > 0:
+            say("measuring the error of every layer")
+            shares = allocate(model, mlps, text, criterion, sparsity)
+        say("fitting thresholds")
+        layers = _through_layers(model, mlps, text, shares, criterion)
+        settings: dict[str, Any] = {}
+        if criterion.distill and sparsity > 0:
+            distillation = distillation or Distillation()
+            settings["distillation"] = distillation.to_dict()
+            for part in range(distillation.rounds):
+                say(f"learning the compensation ({part + 1} of {distillation.rounds})")
+                compensation = distill(model, mlps, text, distillation, part)
+                # what the layers receive has changed, so their thresholds follow
+                layers = _through_layers(model, mlps, text, shares, criterion, layers, compensation)
+    return CatsConfig(
+        thresholds={layer: found.tau for layer, found in layers.items()},
+        sparsity=sparsity,
+        layer_sparsity={layer: found.achieved for layer, found in layers.items()},
+        calibration=record_of(model, *text.totals, data),
+        criterion=criterion.to_dict() | settings,
+        vectors={layer: found.vectors() for layer, found in layers.items()},
+    ).with_coverage(coverage)
+
+
+@torch.no_grad()
+def _through_layers(
+    model: nn.Module,
+    mlps: list[GatedMLP],
+    text: CalibrationText,
+    shares: Mapping[int, float],
+    criterion: Criterion,
+    known: Mapping[int, FittedLayer] | None = None,
+    compensation: Mapping[int, Tensor] | None = None,
+) -> dict[int, FittedLayer]:
+    """Decide layer by layer, and leave the model sparse by what was decided.
+
+    With ``known``, weights of the scores stay, ``compensation`` is taken as it is, and thresholds are set again.
+    """
+    found: dict[int, FittedLayer] = {}
+    tokens = set_coverage(model, text.coverage)
+    for mlp in mlps:
+        module = sparse_module(mlp)
+        module.tokens, module.sparse = tokens, False
+
+    def decide(place: int, inputs: list[Tensor]) -> None:
+        mlp = mlps[place]
+        rows = [rows_of(x, counted) for x, counted in zip(inputs, text.counted, strict=True)]
+        fitter = _LayerFitter(mlp, rows, shares[mlp.layer])
+        weights = known[mlp.layer].weights if known is not None else fitter.weights(criterion)
+        added = (compensation or {}).get(mlp.layer)
+        fitted = fitter.fit(weights, criterion.compensate and known is None, added)
+        found[mlp.layer] = fitted
+        module = sparse_module(mlp)
+        module.set_vectors(fitted.threshold, fitted.compensation, score=fitted.tau)
+        module.sparse = criterion.sequential
+
+    state = None
+    if tokens is not None:
+        state = (lambda: tokens.sparse, lambda value: setattr(tokens, "sparse", value))
+    calls = [partial(run_decoder, model, inputs) for inputs in text.inputs]
+    run_in_lockstep([mlp.module for mlp in mlps], calls, decide, state)
+    for mlp in mlps:
+        sparse_module(mlp).sparse = True
+    return found
+
+
+class _LayerFitter:
+    """One layer and the inputs that its MLP gets, batch by batch: (n, d)."""
+
+    def __init__(self, mlp: GatedMLP, rows: list[Tensor], sparsity: float) -> None:
+        self.mlp, self.rows, self.sparsity = mlp, rows, sparsity
+
+    def weights(self, criterion: Criterion) -> Tensor:
+        """Those of the criterion's score, from what was seen here."""
+        statistics = LayerStatistics(self.mlp)
+        for x in self.rows:
+            statistics.add(*hidden_parts(self.mlp, x))
+        sum_over_processes(statistics.tensors())
+        return SCORES[criterion.score](statistics, self.sparsity)
+
+    def fit(self, weights: Tensor, compensate: bool, compensation: Tensor | None) -> FittedLayer:
+        """The threshold that gives the sparsity, and the compensation unless it is given."""
+        # where all weigh the same, the gate is counted, which separates what its activation brings together
+        same = bool((weights == 1).all())
+        histogram = GateHistogram(weights.device)
+        for x in self.rows:
+            gate, _ = gate_and_up(self.mlp.module, self.mlp.fused, x)
+            histogram.add(gate if same else gate_activation(gate, self.mlp.activation).abs() * weights)
+        sum_over_processes(histogram.tensors())
+        histogram.check(self.mlp.layer)
+        distribution = histogram.distribution(self.mlp.activation if same else lambda score: score)
+        tau, achieved = distribution.threshold(self.sparsity)
+        fitted = FittedLayer(weights, tau, achieved, compensation)
+        if not compensate:
+            return fitted
+        return FittedLayer(weights, tau, achieved, self._compensation(fitted.threshold))
+
+    def _compensation(self, threshold: Tensor) -> Tensor:
+        """E[((1 - m) a u)] W_down: the mean of what is dropped, (d,)."""
+        w_down = down_weight(self.mlp)
+        dropped = torch.zeros(w_down.shape[1], dtype=torch.float64, device=w_down.device)
+        tokens = torch.zeros((), dtype=torch.int64, device=w_down.device)
+        for x in self.rows:
+            a, u = hidden_parts(self.mlp, x)
+            dropped += torch.where(keep_mask(a, threshold), 0.0, a.double() * u.double()).sum(0)
+            tokens += len(x)
+        sum_over_processes([dropped, tokens])
+        return (w_down @ (dropped / tokens)).float()

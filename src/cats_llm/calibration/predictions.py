@@ -1,0 +1,60 @@
+"""How well a model predicts a batch: what calibration measures when it has to choose."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cats_llm.calibration.batches import run_decoder, sum_over_processes
+
+# rows at a time: vocabularies are large, and logarithms are taken in float32
+_ROWS = 1024
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, T, vocabulary)."""
+    logits: Tensor = run_decoder(model, inputs, head=True).logits
+    return logits
+
+
+def divergence(logits: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Sum over tokens of KL(expected || logits), float64 (), differentiable by logits; padding is left out."""
+    counted = counted_tokens(inputs).to(logits.device)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for ours, theirs in zip(logits[counted].split(_ROWS), expected[counted].split(_ROWS), strict=True):
+        log_p, log_q = (F.log_softmax(t.float(), dim=-1) for t in (ours, theirs))
+        total = total + F.kl_div(log_p, log_q, log_target=True, reduction="sum").double()
+    return total
+
+
+@torch.no_grad()
+def log_perplexity(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """The mean negative log-likelihood of a token, each sequence predicted from its own beginning; over processes."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for inputs in batches:
+        logits, ids, counted = logits_of(model, inputs), inputs["input_ids"], counted_tokens(inputs)
+        predicted = counted[:, 1:] & counted[:, :-1]
+        rows, targets = logits[:, :-1][predicted.to(logits.device)], ids[:, 1:][predicted].to(logits.device)
+        for part, target in zip(rows.split(_ROWS), targets.split(_ROWS), strict=True):
+            sums[0] += F.cross_entropy(part.float(), target, reduction="sum").double().cpu()
+        sums[1] += int(predicted.sum())
+    sum_over_processes([sums])
+    return float(sums[0] / sums[1])
+
+
+@torch.no_grad()
+def mean_divergence(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Tensor]) -> float:
+    """KL(expected || model) a token, over processes."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for inputs, logits in zip(batches, expected, strict=True):
+        sums[0] += divergence(logits_of(model, inputs), logits, inputs).cpu()
+        sums[1] += int(counted_tokens(inputs).sum())
+    sum_over_processes([sums])
+    return float(sums[0] / sums[1])
+
+
+def counted_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens are no padding, bool (B, T)."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
