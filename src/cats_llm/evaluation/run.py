@@ -17,7 +17,7 @@ from cats_llm.evaluation.cache import Cache, digest_code, digest_json, digest_mo
 from cats_llm.evaluation.methods import METHODS, Variant, make_variants, method
 from cats_llm.evaluation.paired import combined, compare
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
-from cats_llm.model.accounting import sparsity_of
+from cats_llm.model.accounting import input_sparsity_of, sparsity_of
 from cats_llm.model.surgery import densify, sparse_mlps, sparsify
 from cats_llm.versions import versions
 
@@ -165,16 +165,12 @@ class _Keys:
         }
 
     def of(self, variant: Variant, task: Task) -> dict[str, Any]:
-        config = variant.config
-        settings: Any = None
-        if config is not None:
-            settings = [{str(k): v for k, v in config.thresholds.items()}, config.coverage.to_dict()]
         content = task.content() | task.versions()
         return self.common | {
             "model": self.base,
             "other": self._other(variant.model) if variant.model is not None else None,
             "method": variant.method,
-            "settings": digest_json(settings),
+            "settings": digest_json(variant.settings()),
             "content": digest_json(content),
         }
 
@@ -225,19 +221,21 @@ def _rows(
         others = {metric.name: metric for metric in dense[task].metrics} if task in dense else {}
         for metric in measurement.metrics:
             other = others.get(metric.name) if variant.name != "dense" else None
-            yield _row(base, variant.name, task, metric, other, measurement.counts, measurement.tokens)
+            yield _row(base, variant.name, task, metric, other, measurement)
     for mean, members in means.items():
         average = _mean(measured, members)
         if average is not None:
-            counts: dict[int, tuple[int, int]] = {}
-            for member in members:
-                for layer, (skipped, seen) in measured[member].counts.items():
-                    before = counts.get(layer, (0, 0))
-                    counts[layer] = (before[0] + skipped, before[1] + seen)
-            tokens = [measured[member].tokens for member in members]
-            total = None if None in tokens else sum(t or 0 for t in tokens)
+            parts = [measured[member] for member in members]
+            tokens = [part.tokens for part in parts]
+            total = Measurement(
+                [average],
+                parallel.add_counts(part.counts for part in parts),
+                None if None in tokens else sum(t or 0 for t in tokens),
+                sum(part.seconds for part in parts),
+                parallel.add_counts(part.inputs for part in parts),
+            )
             other = _mean(dense, members) if variant.name != "dense" else None
-            yield _row(base, variant.name, mean, average, other, counts, total)
+            yield _row(base, variant.name, mean, average, other, total)
 
 
 def _row(
@@ -246,11 +244,12 @@ def _row(
     task: str,
     metric: Metric,
     dense: Metric | None,
-    counts: Mapping[int, tuple[int, int]],
-    tokens: int | None,
+    measured: Measurement,
 ) -> dict[str, Any]:
     difference = compare(metric, dense) if dense is not None else None
-    layers = {layer: skipped / seen for layer, (skipped, seen) in sorted(counts.items()) if seen}
+    layers = {layer: skipped / seen for layer, (skipped, seen) in sorted(measured.counts.items()) if seen}
+    linears = {name: skipped / seen for name, (skipped, seen) in measured.inputs.items() if seen}
+    sparsity = input_sparsity_of(model, linears) if linears else sparsity_of(model, layers)
     return {
         "variant": variant,
         "task": task,
@@ -260,9 +259,10 @@ def _row(
         "stderr": metric.stderr,
         "n": metric.n,
         "difference": asdict(difference) if difference is not None else None,
-        "sparsity": asdict(sparsity_of(model, layers)),
+        "sparsity": asdict(sparsity),
         "layer_sparsity": {str(layer): share for layer, share in layers.items()},
-        "tokens": tokens,
+        "linear_sparsity": linears,
+        "tokens": measured.tokens,
         "parts": metric.parts,
     }
 

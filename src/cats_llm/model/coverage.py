@@ -28,13 +28,18 @@ class TokenCoverage:
         """Note what the decoder was called with."""
         self.sparse = sparse_tokens(self.coverage, dict(zip(self.names, args, strict=False)) | kwargs)
 
-    def threshold(self, threshold: Tensor, x: Tensor) -> Tensor | None:
-        """The threshold of each token of x, (..., d): as given, (..., 1) where tokens differ, None if all are dense."""
+    def of(self, x: Tensor) -> Tensor | bool:
+        """Which tokens of x, (..., d), are sparse: True (all), False (none), or bool (...)."""
         sparse = self.sparse
         if isinstance(sparse, bool):
+            return sparse
+        return sparse if sparse.shape == x.shape[:-1] else True  # not called by the decoder
+
+    def threshold(self, threshold: Tensor, x: Tensor) -> Tensor | None:
+        """The threshold of each token of x, (..., d): as given, (..., 1) where tokens differ, None if all are dense."""
+        sparse = self.of(x)
+        if isinstance(sparse, bool):
             return threshold if sparse else None
-        if sparse.shape != x.shape[:-1]:  # not called by the decoder
-            return threshold
         sparse = sparse.to(threshold.device)
         # a threshold of 0 keeps everything; one token stays one threshold, which kernels take
         return threshold * (sparse.reshape(()) if sparse.numel() == 1 else sparse.unsqueeze(-1))
