@@ -120,6 +120,61 @@ def test_thresholds_are_quantiles_of_the_dense_model(case):
             assert config.linear_sparsity[name] == pytest.approx(below, abs=1e-3), name
 
 
+def output_error(model, case, layer, thresholds):
+    """The squared error of one decoder layer, whose input is the dense model's."""
+    path = case.family.mlp.format(layer).removesuffix(".mlp")
+    outputs = []
+
+    def note(module, args, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    inside = {n: t for n, t in thresholds.items() if n.startswith(path + ".")}
+    handle = model.get_submodule(path).register_forward_hook(note)
+    families.logits(model, case.ids)
+    with ByHand(model, case.family, lambda name, weight, x: x.abs() < inside.get(name, 0.0)):
+        families.logits(model, case.ids)
+    handle.remove()
+    return (outputs[0] - outputs[1]).double().square().sum().item()
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_the_greedy_search_keeps_the_bytes_and_lowers_the_error(case, sparsity):
+    uniform, greedy = (variant_of(case, method, sparsity).config for method in ("teal", "teal-greedy"))
+    model = case.dense_copy()
+    sizes = {n: m.weight.numel() for n, m in linears(model, case.family).items()}
+    for layer in range(families.LAYERS):
+        inside = [n for n in sizes if f".{layer}." in n]
+        share = np.average([greedy.linear_sparsity[n] for n in inside], weights=[sizes[n] for n in inside])
+        assert share == pytest.approx(sparsity, abs=2e-3), "the share of this layer's bytes"
+        assert len({round(greedy.linear_sparsity[n], 2) for n in inside}) > 1, "it allocates nothing"
+        errors = [output_error(model, case, layer, config.thresholds) for config in (uniform, greedy)]
+        assert errors[1] < errors[0]
+
+
+def test_one_search_serves_all_sparsities(cases):
+    """Whatever was asked for before: the path is the same."""
+    case = cases("llama")
+    several = make_variants(case.dense, ["teal-greedy"], [0.2, 0.5, 0.8], batches=[case.ids])[1:]
+    for variant in several:
+        assert variant.config == variant_of(case, "teal-greedy", variant.sparsity).config
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in case.dense.modules())
+
+
+def test_a_step_of_the_search_is_the_best_one(cases):
+    """The first linear layer that gets a share is the one that costs least error a byte, found by trying all."""
+    case = cases("llama")
+    model = case.dense_copy()
+    sizes = {n: m.weight.numel() for n, m in linears(model, case.family).items() if ".0." in n}
+    uniform = {s: variant_of(case, "teal", s).config.thresholds for s in (0.04, 0.2)}
+    costs = {}
+    for name, size in sizes.items():
+        share = min(0.04 * sum(sizes.values()) / size, 0.2)
+        threshold = uniform[0.2][name] if share == 0.2 else variant_of(case, "teal", share).config.thresholds[name]
+        costs[name] = output_error(model, case, 0, {name: threshold}) / (share * size)
+    first = variant_of(case, "teal-greedy", 0.005).config.linear_sparsity
+    assert [n for n in sizes if first[n] > 0] == [min(costs, key=costs.get)]
+
+
 @pytest.mark.parametrize("method", ["teal", "wina"])
 @pytest.mark.parametrize(
     "coverage", [Coverage(last_fraction=0.5), Coverage(dense_first_tokens=7), Coverage(dense_prefill=True)]
@@ -143,6 +198,41 @@ def test_only_covered_tokens_skip(cases, method, coverage):
             found = families.logits(model, case.ids)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert counter.inputs() == reference.counts
+
+
+@pytest.mark.parametrize("method", ["teal", "wina"])
+@pytest.mark.parametrize("coverage", [Coverage(), Coverage(dense_first_tokens=7)])
+def test_decoding_with_a_cache_skips_the_same(cases, method, coverage):
+    case = cases("llama")
+    config = variant_of(case, method, coverage=coverage).config
+    model, inputs = case.dense_copy().double(), case.ids[:, :12]
+    with METHODS[method].applied(model, config):
+        whole, steps = SparsityCounter(model), SparsityCounter(model)
+        with whole:
+            expected = families.logits(model, inputs)
+        cache, found = None, []
+        with steps:
+            for part in (inputs[:, :5], *inputs[:, 5:].split(1, dim=1)):
+                with torch.no_grad():
+                    out = model(input_ids=part, past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-9, atol=1e-9)
+    assert steps.inputs() == whole.inputs()
+
+
+def test_a_dense_prompt_is_counted_as_dense(cases):
+    case = cases("llama")
+    config = variant_of(case, "wina", coverage=Coverage(dense_prefill=True)).config
+    model = case.dense_copy()
+    with METHODS["wina"].applied(model, config):
+        counter = SparsityCounter(model)
+        with counter, torch.no_grad():
+            out = model(input_ids=case.ids[:, :9], use_cache=True)
+            model(input_ids=case.ids[:, 9:10], past_key_values=out.past_key_values)
+    for name, (skipped, seen) in counter.inputs().items():
+        assert skipped == 3 * round(0.5 * seen / 30), name
+        assert seen == 30 * linears(model, case.family)[name].in_features
 
 
 @pytest.mark.parametrize("method", ["teal", "wina"])
@@ -272,6 +362,13 @@ def test_settings_tell_measurements_apart(model, tokenizer, batches, tmp_path):
         assert known(variant) == [True], variant.name
 
 
+def test_teal_needs_the_text(profile, tmp_path):
+    profile.save(tmp_path / "p.safetensors")
+    done = run_cli("--text", HELDOUT, "--sparsity", 0.5, "--method", "teal", "--profile", tmp_path / "p.safetensors")
+    assert done.exit_code != 0
+    assert "pass --calibration TEXT instead of --profile" in " ".join((done.output + str(done.exception)).split())
+
+
 def run_cli(*arguments):
     return CliRunner().invoke(app, ["eval", str(bundled.model_path()), "--no-cache", *map(str, arguments)])
 
@@ -288,5 +385,5 @@ def test_the_command_compares_them(tmp_path):
     assert read.row("wina k=0.5", "heldout", "perplexity").gate is None
     done = run_cli(*calibrated, "--equal-bytes", "--json", out, "--force")
     assert done.exit_code == 0, done.output
-    assert "At equal bytes: teal and wina skip that share" in " ".join(done.output.split())
+    assert "At equal bytes: teal, wina skip that share" in " ".join(done.output.split())
     assert "teal k=0.5 (equal bytes)" in {v["name"] for v in json.loads(out.read_text(encoding="utf-8"))["variants"]}

@@ -88,7 +88,7 @@ def command(
         bool,
         typer.Option(
             "--equal-bytes",
-            help="Let methods that skip inputs (teal, wina) skip as many weights as CATS at the same K.",
+            help="Let methods that skip inputs (teal, teal-greedy, wina) skip as many weights as CATS at the same K.",
         ),
     ] = False,
     against: Annotated[
@@ -378,7 +378,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _units(variants: list[dict[str, Any]]) -> list[str]:
     """What k means, where not all variants mean the same by it."""
     inputs = [variant for variant in variants if variant["unit"] == "inputs"]
-    names = " and ".join(dict.fromkeys(variant["method"] for variant in inputs))
+    names = ", ".join(dict.fromkeys(variant["method"] for variant in inputs))
     equal = dict.fromkeys((v["equal_bytes"], v["sparsity"]) for v in inputs if v["equal_bytes"] is not None)
     if equal:
         shares = ", ".join(f"{percent(share)} for k={k:g}" for k, share in equal)

@@ -92,11 +92,8 @@ class SparseInput:
 
 def below(threshold: float) -> Callable[[Tensor], Tensor]:
     """TEAL's rule: keep what is not smaller than the threshold in magnitude. NaN is kept, and so shows."""
-
-    def keep(x: Tensor) -> Tensor:
-        return keep_mask(x, torch.tensor(threshold, dtype=torch.float32, device=x.device))
-
-    return keep
+    limit = torch.tensor(threshold, dtype=torch.float32, device="cpu")  # compares with tensors anywhere
+    return lambda x: keep_mask(x, limit)
 
 
 def smallest(norms: Tensor, share: float) -> Callable[[Tensor], Tensor]:

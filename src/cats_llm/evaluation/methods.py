@@ -16,7 +16,7 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import input_calibration, parallel
+from cats_llm.evaluation import input_allocation, input_calibration, parallel
 from cats_llm.evaluation.calibration import Calibration
 from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears, dense_inputs, sparse_inputs
 from cats_llm.model.accounting import input_sparsity_of, sparsity_of
@@ -132,6 +132,7 @@ METHODS: dict[str, Method] = {
         Method("relu", False, _relu_config, _relu, _relu_dense),
         # inputs of all linear layers, simulated
         _skips_inputs("teal", input_calibration.teal),
+        _skips_inputs("teal-greedy", input_allocation.teal_greedy),
         _skips_inputs("wina", input_calibration.wina),
     )
 }
