@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import families
 import pytest
@@ -19,6 +23,7 @@ from cats_llm.calibration.scores import SCORES
 from cats_llm.calibration.statistics import BINS, LayerStatistics
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
+from cats_llm.evaluation.methods import make_variants, method
 from cats_llm.model.accounting import bytes_per_token
 from cats_llm.model.structure import find_gated_mlps
 
@@ -529,3 +534,76 @@ def test_bytes_a_token(llama):
         sparsity_for_bytes(llama.dense, 1e9)
     with pytest.raises(CatsError, match="cannot be had"):
         sparsity_for_bytes(llama.dense, 10)
+
+
+# --- in the harness ---
+
+
+def test_every_criterion_is_a_method_of_the_harness(llama):
+    names = ["norm+compensate", "cats+sequential"]
+    made = make_variants(llama.dense_copy(), ["cats", *names], [0.5], llama.profile, batches=TEXT)
+    assert [v.name for v in made] == ["dense", "cats k=0.5", *(f"{name} k=0.5" for name in names)]
+    expected = fit(llama.dense_copy(), TEXT, 0.5, Criterion.parse(names[0]), data="random tokens")
+    assert made[2].config.vectors_sha256 == expected.vectors_sha256
+    assert made[2].to_dict()["criterion"]["name"] == names[0]
+    assert made[1].to_dict()["criterion"] is None
+    assert len({str(v.settings()) for v in made}) == 4
+    with method(names[0]).applied(model := llama.dense_copy(), made[2].config):
+        found = families.logits(model, llama.ids)
+    torch.testing.assert_close(found, vectors.reference_logits(llama, expected), rtol=1e-3, atol=1e-3)
+
+
+def test_a_method_that_is_none_and_a_criterion_without_text_are_one_sentence(llama):
+    with pytest.raises(CatsError, match="'magic' is no method; choose from dense, cats"):
+        method("magic")
+    with pytest.raises(CatsError, match="the method norm learns from text"):
+        make_variants(llama.dense_copy(), ["norm"], [0.5], llama.profile)
+
+
+# --- several processes ---
+
+PROCESSES = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import families
+from cats_llm.calibration.criterion import Criterion
+from cats_llm.calibration.distill import Distillation
+from cats_llm.calibration.fit import fit
+
+out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+torch.set_num_threads(1)
+model = families.FAMILIES["llama"].build()
+text = [families.ids(4, 40, seed) for seed in range(3)]
+shares = [text[:2] if rank == 0 else text[2:], text if rank else []]
+for i, (name, mine) in enumerate(zip(sys.argv[2:], shares)):
+    config = fit(model, mine, 0.6, Criterion.parse(name), distillation=Distillation(steps=4))
+    torch.save((config.vectors, config.thresholds, config.calibration["tokens"]), out / f"{i}.{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_fit_what_one_does(llama, tmp_path):
+    names = [FULL, "moment+sequential+allocate+distill"]
+    (tmp_path / "script.py").write_text(PROCESSES)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), *names]
+    running = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    for i, name in enumerate(names):
+        one, other = (torch.load(tmp_path / f"{i}.{rank}.pt", weights_only=False) for rank in range(2))
+        alone = fit(llama.dense_copy(), TEXT, 0.6, Criterion.parse(name), distillation=Distillation(steps=4))
+        assert one[1] == other[1], name
+        assert one[2] == alone.calibration["tokens"]
+        for layer in alone.thresholds:
+            for part in ("thresholds", "compensation"):
+                mine = getattr(one[0][layer], part)
+                assert torch.equal(mine, getattr(other[0][layer], part)), (name, layer)
+                torch.testing.assert_close(mine, getattr(alone.vectors[layer], part), rtol=0.05, atol=0.02)

@@ -413,6 +413,7 @@ from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.tasks import build_tasks
 from cats_llm.loading import load_model, load_tokenizer
+from cats_llm.text import load_sequences
 from pathlib import Path
 model = load_model(str(bundled.model_path()), "float32", "cpu")
 tokenizer = load_tokenizer(str(bundled.model_path()))
@@ -420,7 +421,9 @@ from cats_llm.calibration.profile import Profile
 profile = Profile.load(sys.argv[4])
 tasks, means = build_tasks(["piqa"], Path(sys.argv[5]))
 tasks.append(PerplexityTask(str(bundled.heldout_text()), length=64, samples=5))
-result = run_evaluation(model, tokenizer, make_variants(model, ["cats"], [0.5], profile), tasks, batch_size=2)
+batches = [torch.stack(list(load_sequences(str(bundled.calibration_text()), tokenizer, 64, samples=3)))]
+variants = make_variants(model, ["cats", "teal", "wina"], [0.5], profile, batches=batches)
+result = run_evaluation(model, tokenizer, variants, tasks, batch_size=2)
 Path(f"{out}.{rank}").write_text(json.dumps(result))
 """
 
@@ -451,9 +454,12 @@ def test_two_processes_share_the_work(model, tokenizer, profile, tmp_path):
     assert found[0] == found[1], "the processes disagree"
     tasks, _ = build_tasks(["piqa"], tmp_path / "data")
     tasks.append(task(length=64, samples=5))
-    alone = run_evaluation(model, tokenizer, make_variants(model, ["cats"], [0.5], profile), tasks, batch_size=2)
+    batches = [torch.stack(list(load_sequences(CALIBRATION, tokenizer, 64, samples=3)))]
+    variants = make_variants(model, ["cats", "teal", "wina"], [0.5], profile, batches=batches)
+    alone = run_evaluation(model, tokenizer, variants, tasks, batch_size=2)
     for mine, expected in zip(found[0], alone["results"], strict=True):
         for key in ("variant", "task", "metric", "n", "tokens"):
             assert mine[key] == expected[key]
         assert mine["value"] == pytest.approx(expected["value"], rel=1e-5)
         assert mine["layer_sparsity"] == pytest.approx(expected["layer_sparsity"], abs=1e-3)
+        assert mine["linear_sparsity"] == pytest.approx(expected["linear_sparsity"], abs=1e-3)

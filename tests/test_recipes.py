@@ -243,7 +243,7 @@ def test_names(capsys):
 @pytest.mark.parametrize(
     ("path", "to", "says"),
     [
-        (["evaluation", "methods"], ["magic"], "unknown method magic; choose from dense, cats, relu"),
+        (["evaluation", "methods"], ["magic"], "'magic' is no method; choose from dense, cats, relu"),
         (["expected", 0, "variant"], "cats k=0.6", "the variant cats k=0.6, which it does not run"),
         (["expected", 0, "task"], "sciq", "the task sciq, which it does not run"),
     ],

@@ -404,6 +404,48 @@ def test_curves_plot_the_numbers():
     assert panels[2].series["cats"][0] == (0, 1, 0)
 
 
+def inputs_beside_neurons():
+    """An evaluation with a method that skips inputs: it has no gate sparsity."""
+    values = eval_file(sparsities=(0.5, 0.9), relu=False)
+    for v in values["variants"]:
+        if v["name"] == "cats k=0.9":
+            v |= {"name": "teal k=0.9 (equal bytes)", "method": "teal", "sparsity": 0.49, "thresholds": None}
+            v |= {"unit": "inputs", "layer_sparsity": {}}
+    for r in values["results"]:
+        if r["variant"] == "cats k=0.9":
+            r |= {"variant": "teal k=0.9 (equal bytes)", "layer_sparsity": {}}
+            r["sparsity"] = {"gate": None, "ffn": 0.45, "model": 0.47}
+    return values
+
+
+def test_methods_that_skip_inputs_are_compared_by_weights():
+    values = inputs_beside_neurons()
+    panels = curves.accuracy_panels([with_mean(result(values))])
+    rows = {r["variant"]: r for r in values["results"] if r["task"] == "piqa"}
+    panel = next(panel for panel in panels if panel.measure.task.name == "piqa")
+    assert [point.x for point in panel.series["cats"]] == [0, rows["cats k=0.5"]["sparsity"]["model"]]
+    assert [point.x for point in panel.series["teal"]] == [0, 0.47]
+    label = curves.cost_curves(panels).get_supxlabel()
+    assert label == "share of all linear weights skipped, measured on the same data"
+    only = curves.cost_curves(curves.accuracy_panels([result(eval_file())]))
+    assert only.get_supxlabel() == "gate sparsity, measured on the same data"
+
+
+def test_methods_that_skip_inputs_have_no_gate_sparsity():
+    values = inputs_beside_neurons()
+    said = plain(findings([with_mean(result(values))]))
+    assert any(s.startswith("teal k=0.9 (equal bytes): 47.0 % of all linear weights skipped; accuracy") for s in said)
+    (lines,) = tables(render_page(collection(values)), "costs")
+    line = next(line for line in lines if line[0].startswith("teal"))
+    assert not re.search(r"\d|None|nan", line[1]), line[1]
+    assert shown_number(line[3]) == pytest.approx(47)
+    assert "| 47.0 % |" in markdown(collection(values)).replace("\N{NO-BREAK SPACE}", " ")
+    values["variants"] = [v for v in values["variants"] if v["method"] != "cats"]
+    values["results"] = [r for r in values["results"] if not r["variant"].startswith("cats")]
+    said = plain(findings([with_mean(result(values))]))
+    assert said[0].startswith("With teal k=0.9 (equal bytes) Some-Model-7B’s accuracy")
+
+
 def test_models_before_and_after_are_lines_of_one_panel():
     before, after = (result(eval_file(model=m, shift=s)) for m, s in (("before", 0.0), ("after", -0.05)))
     lines = curves.layer_lines([before, after])

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.checkpoint.files import check_output, write_json
-from cats_llm.cli import calibrate, options
+from cats_llm.cli import options
 from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, table, track
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
@@ -66,9 +67,16 @@ def command(
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(metavar="K,...", help="Gate sparsities, as 0,0.5,0.7,0.9; 0 is dense.", show_default=False),
+        typer.Option(
+            metavar="K,...",
+            help="Shares to skip, as 0,0.5,0.7,0.9: of neurons, or of inputs for methods that skip those; 0 is dense.",
+            show_default=False,
+        ),
     ] = None,
-    method: Annotated[str, typer.Option(metavar="NAME,...", help=f"Of {', '.join(METHODS)}.")] = "cats",
+    method: Annotated[
+        str,
+        typer.Option(metavar="NAME,...", help=f"Of {', '.join(METHODS)}; or criteria, as cats sparsify takes them."),
+    ] = "cats",
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,6 +87,13 @@ def command(
         Path | None, typer.Option(help="From cats calibrate, for the thresholds.", show_default=False)
     ] = None,
     calibration: options.CalibrationText = None,
+    equal_bytes: Annotated[
+        bool,
+        typer.Option(
+            "--equal-bytes",
+            help="Let methods that skip inputs (teal, teal-greedy, wina) skip as many weights as CATS at the same K.",
+        ),
+    ] = False,
     against: Annotated[
         str | None,
         typer.Option(
@@ -156,7 +171,7 @@ def command(
     device = _join_processes(device)
     loaded_profile = Profile.load(profile) if profile is not None else None
     _check_held_out(calibration or (loaded_profile.record.get("data") if loaded_profile else None), text or [], split)
-    reading = {"text_column": text_column, "dataset_config": dataset_config, "split": split}
+    reading: dict[str, Any] = {"text_column": text_column, "dataset_config": dataset_config, "split": split}
     work: list[Task] = [
         PerplexityTask(source, name, seq_length, stride, samples, seed, reading=reading)
         for name, source in _text_names(text or []).items()
@@ -171,18 +186,20 @@ def command(
     if text:
         options.check_length(seq_length, base.config)
     tokenizer = load_tokenizer(against or model, trust_remote_code=trust_remote_code)
+    batches = None
     if calibration is not None:
-        loaded_profile = calibrate.run(
-            base,
-            tokenizer,
-            calibration,
-            samples=_CALIBRATION_SAMPLES,
-            length=seq_length,
-            batch_size=batch_size,
-            seed=0,
-            **reading | {"split": "train"},
+        options.check_length(seq_length, base.config)
+        found = load_sequences(
+            calibration, tokenizer, seq_length, samples=_CALIBRATION_SAMPLES, seed=0, **reading | {"split": "train"}
         )
-    variants = make_variants(base, methods if asked or methods != ["cats"] else [], asked, loaded_profile, coverage)
+        sequences = list(found)
+        mine = sequences[parallel.rank() :: parallel.world_size()]
+        tracked = batched(track(mine, "calibrating", len(mine)), batch_size)
+        loaded_profile = calibrate(base, tracked, data=calibration)
+        batches = list(batched(sequences, batch_size))
+    variants = make_variants(
+        base, methods if asked or methods != ["cats"] else [], asked, loaded_profile, coverage, batches, equal_bytes
+    )
     own = _own_variant(base, against or model, coverage)
     if own is not None and against is None and len(variants) == 1:
         variants.append(own)
@@ -344,6 +361,8 @@ def _show(result: dict[str, Any]) -> None:
             shown.add_section()
         show(shown)
     _show_layers(result)
+    for sentence in _units(result["variants"]):
+        show(sentence)
     show("minus dense: on the same documents; p is of a paired test, its kind is in the JSON file.")
 
 
@@ -357,6 +376,25 @@ def _cells(row: dict[str, Any]) -> list[str]:
     shares = row["sparsity"]
     sparse = ["-"] * 3 if row["variant"] == "dense" else [percent(shares[k]) for k in ("gate", "ffn", "model")]
     return [row["variant"], _number(row["value"]), _number(row["stderr"]), *compared, *sparse]
+
+
+def _units(variants: list[dict[str, Any]]) -> list[str]:
+    """What k means, where not all variants mean the same by it."""
+    inputs = [variant for variant in variants if variant["unit"] == "inputs"]
+    names = ", ".join(dict.fromkeys(variant["method"] for variant in inputs))
+    equal = dict.fromkeys((v["equal_bytes"], v["sparsity"]) for v in inputs if v["equal_bytes"] is not None)
+    if equal:
+        shares = ", ".join(f"{percent(share)} for k={k:g}" for k, share in equal)
+        return [
+            f"At equal bytes: {names} skip that share of the inputs of all linear layers that saves as many weights as "
+            f"CATS at gate sparsity k ({shares}). Simulated."
+        ]
+    if inputs:
+        return [
+            f"At equal k, not equal bytes: for {names} k is the share of the inputs of all linear layers, for the "
+            "others of the neurons of every MLP; compare the column model, or pass --equal-bytes. Simulated."
+        ]
+    return []
 
 
 def _show_layers(result: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from cats_llm.cli import calibrate, evaluate, options, report
 from cats_llm.cli.output import quiet_libraries, show, table
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.cache import Cache
-from cats_llm.evaluation.methods import METHODS, make_variants
+from cats_llm.evaluation.methods import make_variants, method
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.kernels import cpu
@@ -252,13 +252,13 @@ def check(recipe: Recipe) -> None:
     if not isinstance(plan, EvaluationPlan):
         return
     for name in plan.methods:
-        if name not in METHODS:
-            raise CatsError(
-                f"the recipe {recipe.name} has the unknown method {name}; choose from {', '.join(METHODS)}."
-            )
+        try:
+            method(name)
+        except CatsError as error:
+            raise CatsError(f"the recipe {recipe.name}: {error}") from error
     variants = {"dense"}
     for name in plan.methods:
-        variants |= {f"{name} k={k:g}" for k in plan.sparsities} if METHODS[name].takes_sparsity else {name}
+        variants |= {f"{name} k={k:g}" for k in plan.sparsities} if method(name).takes_sparsity else {name}
     tasks = {*expand(plan.tasks)[0], *expand(plan.tasks)[1]}
     for item in recipe.expected:
         for what, value, known in (("variant", item.variant, variants), ("task", item.task, tasks)):

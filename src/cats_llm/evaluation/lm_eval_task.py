@@ -209,6 +209,7 @@ class LmEvalTask(Task):
             parallel.sum_counts(counter.counts()),
             sum(parallel.gather(counter.tokens())),
             time.perf_counter() - started,
+            parallel.sum_counts(counter.inputs()),
         )
 
     def _metrics(self, results: dict[str, Any]) -> list[Metric]:

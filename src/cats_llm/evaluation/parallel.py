@@ -1,9 +1,12 @@
 """Several processes that share the work of one evaluation, as `accelerate launch` or `torchrun` start them."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Key = TypeVar("Key")
 
 
 def rank() -> int:
@@ -38,13 +41,18 @@ def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def sum_counts(counts: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
-    """Skipped and seen neurons by layer, summed over the processes."""
-    total: dict[int, tuple[int, int]] = {}
-    for part in gather(counts):
-        for layer, (skipped, seen) in part.items():
-            before = total.get(layer, (0, 0))
-            total[layer] = (before[0] + skipped, before[1] + seen)
+def sum_counts(counts: dict[Key, tuple[int, int]]) -> dict[Key, tuple[int, int]]:
+    """What was skipped and seen, by layer, summed over the processes."""
+    return add_counts(gather(counts))
+
+
+def add_counts(parts: Iterable[Mapping[Key, tuple[int, int]]]) -> dict[Key, tuple[int, int]]:
+    """The sum of several counts of what was skipped and seen."""
+    total: dict[Key, tuple[int, int]] = {}
+    for part in parts:
+        for key, (skipped, seen) in part.items():
+            before = total.get(key, (0, 0))
+            total[key] = (before[0] + skipped, before[1] + seen)
     return total
 
 

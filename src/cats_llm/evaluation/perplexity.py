@@ -133,6 +133,7 @@ class PerplexityTask(Task):
             counts,
             sum(parallel.gather(counter.tokens())),
             time.perf_counter() - started,
+            parallel.sum_counts(counter.inputs()),
         )
 
     def _metrics(self, tokens: Tensor, nll: Tensor, kl: Tensor, agree: Tensor, compared: bool) -> list[Metric]:

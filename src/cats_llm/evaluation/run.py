@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from torch import nn
 
-from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
@@ -17,8 +15,8 @@ from cats_llm.evaluation.cache import Cache, digest_code, digest_json, digest_mo
 from cats_llm.evaluation.methods import METHODS, Variant, make_variants, method
 from cats_llm.evaluation.paired import combined, compare
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
-from cats_llm.model.accounting import sparsity_of
-from cats_llm.model.surgery import densify, sparse_mlps, sparsify
+from cats_llm.model.accounting import input_sparsity_of, sparsity_of
+from cats_llm.model.surgery import restored
 from cats_llm.versions import versions
 
 __all__ = ["FORMAT", "VERSION", "Progress", "Variant", "make_variants", "run_evaluation"]
@@ -98,7 +96,7 @@ def run_evaluation(
     found: dict[tuple[str, str], Measurement] = {}
     keys = _Keys(model, tokenizer) if cache is not None else None
     clock = _Clock(len(variants) * len(tasks))
-    with _restored(model):
+    with restored(model):
         for variant in variants:
             for task in tasks:
                 key = keys.of(variant, task) if keys is not None else None
@@ -137,19 +135,6 @@ def _measure(model: Any, tokenizer: Any, variant: Variant, task: Task, batch: Ba
         return task.run(Subject(model, tokenizer, reference, chosen.dense), batch)
 
 
-@contextmanager
-def _restored(model: Any) -> Iterator[None]:
-    """Leave the model as it was found, dense or with its own thresholds."""
-    config = getattr(model.config, "quantization_config", None) if sparse_mlps(model) else None
-    try:
-        yield
-    finally:
-        if isinstance(config, CatsConfig):
-            sparsify(model, config)
-        else:
-            densify(model)
-
-
 class _Keys:
     """What a measurement depends on, for the cache."""
 
@@ -165,17 +150,12 @@ class _Keys:
         }
 
     def of(self, variant: Variant, task: Task) -> dict[str, Any]:
-        config = variant.config
-        settings: Any = None
-        if config is not None:
-            thresholds = {str(k): v for k, v in config.thresholds.items()}
-            settings = [thresholds, config.coverage.to_dict(), config.vectors_sha256]
         content = task.content() | task.versions()
         return self.common | {
             "model": self.base,
             "other": self._other(variant.model) if variant.model is not None else None,
             "method": variant.method,
-            "settings": digest_json(settings),
+            "settings": digest_json(variant.settings()),
             "content": digest_json(content),
         }
 
@@ -226,19 +206,21 @@ def _rows(
         others = {metric.name: metric for metric in dense[task].metrics} if task in dense else {}
         for metric in measurement.metrics:
             other = others.get(metric.name) if variant.name != "dense" else None
-            yield _row(base, variant.name, task, metric, other, measurement.counts, measurement.tokens)
+            yield _row(base, variant.name, task, metric, other, measurement)
     for mean, members in means.items():
         average = _mean(measured, members)
         if average is not None:
-            counts: dict[int, tuple[int, int]] = {}
-            for member in members:
-                for layer, (skipped, seen) in measured[member].counts.items():
-                    before = counts.get(layer, (0, 0))
-                    counts[layer] = (before[0] + skipped, before[1] + seen)
-            tokens = [measured[member].tokens for member in members]
-            total = None if None in tokens else sum(t or 0 for t in tokens)
+            parts = [measured[member] for member in members]
+            tokens = [part.tokens for part in parts]
+            total = Measurement(
+                [average],
+                parallel.add_counts(part.counts for part in parts),
+                None if None in tokens else sum(t or 0 for t in tokens),
+                sum(part.seconds for part in parts),
+                parallel.add_counts(part.inputs for part in parts),
+            )
             other = _mean(dense, members) if variant.name != "dense" else None
-            yield _row(base, variant.name, mean, average, other, counts, total)
+            yield _row(base, variant.name, mean, average, other, total)
 
 
 def _row(
@@ -247,11 +229,12 @@ def _row(
     task: str,
     metric: Metric,
     dense: Metric | None,
-    counts: Mapping[int, tuple[int, int]],
-    tokens: int | None,
+    measured: Measurement,
 ) -> dict[str, Any]:
     difference = compare(metric, dense) if dense is not None else None
-    layers = {layer: skipped / seen for layer, (skipped, seen) in sorted(counts.items()) if seen}
+    layers = {layer: skipped / seen for layer, (skipped, seen) in sorted(measured.counts.items()) if seen}
+    linears = {name: skipped / seen for name, (skipped, seen) in measured.inputs.items() if seen}
+    sparsity = input_sparsity_of(model, linears) if linears else sparsity_of(model, layers)
     return {
         "variant": variant,
         "task": task,
@@ -261,9 +244,10 @@ def _row(
         "stderr": metric.stderr,
         "n": metric.n,
         "difference": asdict(difference) if difference is not None else None,
-        "sparsity": asdict(sparsity_of(model, layers)),
+        "sparsity": asdict(sparsity),
         "layer_sparsity": {str(layer): share for layer, share in layers.items()},
-        "tokens": tokens,
+        "linear_sparsity": linears,
+        "tokens": measured.tokens,
         "parts": metric.parts,
     }
 

@@ -1,19 +1,22 @@
-"""Counts the neurons that a sparse model skips, on whatever runs through it."""
+"""Counts the neurons, or inputs of linear layers, that a sparse model skips, on whatever runs through it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cats_llm.evaluation.input_sparsity import hooked_inputs
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.kernels.registry import MAX_DECODE_TOKENS
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import GatedMLP, decoder_of, find_gated_mlps
 
+Key = TypeVar("Key", int, str)
+
 
 class SparsityCounter:
-    """Counts, while it is entered, tokens and the neurons that every sparse MLP skips for them.
+    """Counts, while it is entered, tokens and what every sparse MLP or linear layer skips for them.
 
     Padding that an attention_mask tells of is not counted; `crop` tells of other padding. What is counted between
     entering and leaving counts only if it ended well.
@@ -22,22 +25,28 @@ class SparsityCounter:
     def __init__(self, model: nn.Module) -> None:
         sparse = any(isinstance(module, SparseMLP) for module in model.modules())
         self.mlps = [mlp for mlp in find_gated_mlps(model) if isinstance(mlp.module, SparseMLP)] if sparse else []
+        self.linears = hooked_inputs(model)
         self.decoder = decoder_of(model)
-        self._total: dict[int, Tensor] = {}
-        self._entered: dict[int, Tensor] = {}
-        # of the call that runs: skipped neurons of each token by layer, (B, T), and which tokens are real
-        self._rows: dict[int, Tensor] = {}
+        # by layer, or path of a linear layer
+        self._total: dict[int | str, Tensor] = {}
+        self._entered: dict[int | str, Tensor] = {}
+        # of the call that runs: neurons or inputs that each token skips, (B, T), and which tokens are real
+        self._rows: dict[int | str, Tensor] = {}
         self._real: Tensor | None = None
 
     def __enter__(self) -> "SparsityCounter":
         self._entered, self._rows, self._real = {}, {}, None
         self._hooks = [mlp.module.register_forward_pre_hook(self._hook(mlp)) for mlp in self.mlps]
         self._hooks.append(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
+        for name, (_, sparse_input) in self.linears.items():
+            sparse_input.observer = self._observer(name)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for _, sparse_input in self.linears.values():
+            sparse_input.observer = None
         self._settle()
         if kind is None:  # what ran out of memory half-way will come again
             _add(self._total, self._entered)
@@ -55,9 +64,15 @@ class SparsityCounter:
 
     def counts(self) -> dict[int, tuple[int, int]]:
         """By layer, neurons skipped and neurons seen (tokens times neurons); empty for a dense model."""
-        sizes = {mlp.layer: mlp.intermediate_size for mlp in self.mlps}
-        pairs = {layer: pair.tolist() for layer, pair in self._total.items() if layer in sizes}
-        return {layer: (skipped, tokens * sizes[layer]) for layer, (skipped, tokens) in sorted(pairs.items())}
+        return self._pairs({mlp.layer: mlp.intermediate_size for mlp in self.mlps})
+
+    def inputs(self) -> dict[str, tuple[int, int]]:
+        """By path of the linear layer, inputs skipped and inputs seen; empty where no method skips inputs."""
+        return self._pairs({name: linear.in_features for name, (linear, _) in self.linears.items()})
+
+    def _pairs(self, sizes: dict[Key, int]) -> dict[Key, tuple[int, int]]:
+        pairs = {key: self._total[key].tolist() for key in sizes if key in self._total}
+        return {key: (skipped, tokens * sizes[key]) for key, (skipped, tokens) in pairs.items()}
 
     def tokens(self) -> int:
         """How many tokens the decoder computed."""
@@ -95,6 +110,12 @@ class SparsityCounter:
 
         return before
 
+    def _observer(self, name: str) -> Callable[[Tensor], None]:
+        def observe(rows: Tensor) -> None:
+            self._rows[name] = rows
+
+        return observe
+
     @torch.no_grad()
     def _count(self, mlp: GatedMLP, gate: Tensor) -> None:
         module: Any = mlp.module
@@ -110,7 +131,7 @@ class SparsityCounter:
         if self._real is None:
             return
         real = self._real
-        found = {_DECODER: torch.stack((torch.zeros_like(real.sum()), real.sum()))}
+        found: dict[int | str, Tensor] = {_DECODER: torch.stack((torch.zeros_like(real.sum()), real.sum()))}
         for layer, rows in self._rows.items():
             mask = real.to(rows.device)
             found[layer] = torch.stack((rows.reshape(mask.shape)[mask].sum(), mask.sum()))
@@ -122,6 +143,6 @@ class SparsityCounter:
 _DECODER = -1
 
 
-def _add(total: dict[int, Tensor], part: dict[int, Tensor]) -> None:
+def _add(total: dict[int | str, Tensor], part: dict[int | str, Tensor]) -> None:
     for key, pair in part.items():
         total[key] = total[key] + pair if key in total else pair

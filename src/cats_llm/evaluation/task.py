@@ -51,12 +51,14 @@ class Measurement:
         counts: by layer, neurons skipped and neurons seen; empty for a dense model.
         tokens: tokens that the model computed, padding not counted; None if nobody counted.
         seconds: wall-clock time.
+        inputs: by path of a linear layer, inputs skipped and inputs seen; empty where no method skips inputs.
     """
 
     metrics: list[Metric]
     counts: dict[int, tuple[int, int]]
     tokens: int | None
     seconds: float
+    inputs: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -68,7 +70,8 @@ class Measurement:
         try:
             metrics = [Metric(**metric) for metric in values["metrics"]]
             counts = {int(layer): (int(a), int(b)) for layer, (a, b) in values["counts"].items()}
-            return cls(metrics, counts, values["tokens"], float(values["seconds"]))
+            inputs = {name: (int(a), int(b)) for name, (a, b) in values["inputs"].items()}
+            return cls(metrics, counts, values["tokens"], float(values["seconds"]), inputs)
         except (KeyError, TypeError, ValueError) as error:
             raise CatsError("a cached measurement is damaged.") from error
 

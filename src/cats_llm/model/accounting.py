@@ -15,12 +15,12 @@ class Sparsity:
     """One measurement in the three units of the literature, each a share from 0 to 1.
 
     Attributes:
-        gate: neurons skipped, the mean over layers (CATS).
+        gate: neurons skipped, the mean over layers (CATS); None for methods that skip inputs instead.
         ffn: MLP weights skipped: two thirds of ``gate``, since gate_proj is always read.
         model: linear weights of the decoder skipped, without embeddings and lm_head.
     """
 
-    gate: float
+    gate: float | None
     ffn: float
     model: float
 
@@ -31,8 +31,31 @@ def sparsity_of(model: nn.Module, layer_sparsity: Mapping[int, float]) -> Sparsi
     shares = [layer_sparsity.get(mlp.layer, 0.0) for mlp in mlps]
     neurons = [mlp.hidden_size * mlp.intermediate_size for mlp in mlps]
     skipped = sum(2 * n * share for n, share in zip(neurons, shares, strict=True))
-    linear = sum(p.numel() for p in decoder_of(model).parameters() if p.dim() == 2) - _embedding_numel(model)
-    return Sparsity(sum(shares) / len(shares), skipped / (3 * sum(neurons)), skipped / linear)
+    return Sparsity(sum(shares) / len(shares), skipped / (3 * sum(neurons)), skipped / _linear_numel(model))
+
+
+def input_sparsity_of(model: nn.Module, linear_sparsity: Mapping[str, float]) -> Sparsity:
+    """The units of it, from the share of its inputs that each linear layer skips (by path; missing ones are dense).
+
+    A skipped input saves a column of the weight.
+    """
+    base = unwrap(model)
+    mlps = find_gated_mlps(model)
+    skipped = {name: share * _weight_numel(base, name) for name, share in linear_sparsity.items()}
+    inside = tuple(f"{mlp.name}." for mlp in mlps)
+    ffn = sum(number for name, number in skipped.items() if name.startswith(inside))
+    weights = 3 * sum(mlp.hidden_size * mlp.intermediate_size for mlp in mlps)
+    return Sparsity(None, ffn / weights, sum(skipped.values()) / _linear_numel(model))
+
+
+def _weight_numel(base: nn.Module, name: str) -> int:
+    linear: Any = base.get_submodule(name)
+    return int(linear.weight.numel())
+
+
+def _linear_numel(model: nn.Module) -> int:
+    """Linear weights of the decoder."""
+    return sum(p.numel() for p in decoder_of(model).parameters() if p.dim() == 2) - _embedding_numel(model)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def drawings(collection: Collection) -> list[Drawing]:
                 "accuracy",
                 "Quality of answers against sparsity",
                 [
-                    "Each point is one model; further right, more neurons are skipped on that task. Higher is better. "
+                    "Each point is one model; further right, more is skipped on that task. Higher is better. "
                     "Bars are 95 % intervals of each value alone. Whether a model differs from the dense one is told "
                     "more sharply by the paired differences in the tables, since both answered the same questions.",
                     *_left_out(panels),

@@ -202,7 +202,8 @@ def _measured(result: EvalResult, variant: EvalVariant) -> list[Cost]:
 def _headline(result: EvalResult, variant: EvalVariant, found: list[Cost]) -> str:
     cost = found[0]
     measure, value, base = cost.measure, cost.row.value, cost.dense.value if cost.dense is not None else None
-    setting = f"At {target(variant.sparsity)} gate sparsity" if variant.sparsity is not None else f"With {variant.name}"
+    of_neurons = variant.sparsity is not None and not cost.row.skips_inputs
+    setting = f"At {target(variant.sparsity)} gate sparsity" if of_neurons else f"With {variant.name}"
     name = f"{setting} {result.label}’s {measure.metric_label} ({measure.task.name})"
     if value is None or base is None:
         return f"{name} is {measure.value(value)}; the dense model’s was not measured."
@@ -240,8 +241,10 @@ def _change(cost: Cost, brief: bool = False) -> str:
 
 
 def _skipped(row: EvalRow) -> str:
-    if row.gate is None or row.model is None:
+    if row.model is None:
         return ""
+    if row.gate is None:
+        return f"{percent(row.model)} of all linear weights skipped; "
     return f"{percent(row.gate)} of the MLP neurons, {percent(row.model)} of all linear weights skipped; "
 
 

@@ -32,7 +32,7 @@ _Z95 = 1.96
 
 
 class Point(NamedTuple):
-    """A variant in a panel: gate sparsity, value, and half of its 95 % interval (0 if unknown)."""
+    """A variant in a panel: sparsity, value, and half of its 95 % interval (0 if unknown)."""
 
     x: float
     y: float
@@ -40,10 +40,14 @@ class Point(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One measure: points by series, which are a model and a method."""
+    """One measure: points by series, which are a model and a method.
+
+    ``of_weights``: sparsity is of all linear weights, since not every method skips neurons; else it is of neurons.
+    """
 
     measure: Measure
     series: dict[str, list[Point]]
+    of_weights: bool = False
 
 
 def accuracy_panels(results: Sequence[EvalResult]) -> list[Panel]:
@@ -66,20 +70,21 @@ def text_panels(results: Sequence[EvalResult]) -> list[Panel]:
 def _panels(results: Sequence[EvalResult], wanted: Callable[[Measure], bool], first_only: bool = True) -> list[Panel]:
     found: dict[tuple[str, str], Panel] = {}
     seen: dict[str, str] = {}
+    of_weights = any(row.skips_inputs for result in results for row in result.rows)
     for result in results:
         for measure in measures(result):
             key = (measure.task.name, measure.metric)
             if not wanted(measure) or (first_only and seen.setdefault(key[0], key[1]) != key[1]):
                 continue
-            series = _series(result, measure, alone=len(results) == 1)
+            series = _series(result, measure, of_weights, alone=len(results) == 1)
             if key in found:
                 found[key].series.update(series)
             elif series:
-                found[key] = Panel(measure, series)
+                found[key] = Panel(measure, series, of_weights)
     return sorted(found.values(), key=lambda panel: panel.measure.task.kind != "mean")
 
 
-def _series(result: EvalResult, measure: Measure, alone: bool) -> dict[str, list[Point]]:
+def _series(result: EvalResult, measure: Measure, of_weights: bool, alone: bool) -> dict[str, list[Point]]:
     """The points of each method, the dense model's first. A model that is alone needs no name."""
     points: dict[str, list[Point]] = {}
     start: list[Point] = []
@@ -87,8 +92,8 @@ def _series(result: EvalResult, measure: Measure, alone: bool) -> dict[str, list
         row = cost.row
         if not known(row.value) or row.value is None:
             continue
-        x = 0.0 if cost.variant.name == DENSE else row.gate
-        if x is None:
+        x = 0.0 if cost.variant.name == DENSE else row.model if of_weights else row.gate
+        if x is None and not of_weights:
             x = cost.variant.sparsity
         if x is None:
             continue
@@ -111,7 +116,7 @@ def _method(variant: EvalVariant) -> str:
 
 
 def cost_curves(panels: Sequence[Panel], wide: bool = True) -> Figure:
-    """Value against measured gate sparsity, one panel a measure and one line a series, with 95 % error bars."""
+    """Value against measured sparsity, one panel a measure and one line a series, with 95 % error bars."""
     shown = panels[:MAX_PANELS]
     names = list(dict.fromkeys(name for panel in shown for name in panel.series))
     look = drawing.looks(names)
@@ -138,7 +143,8 @@ def cost_curves(panels: Sequence[Panel], wide: bool = True) -> Figure:
                 )
                 ends += [value for v, e in zip(y, errors, strict=True) for value in (v, v - e, v + e)]
             _axis(axes, panel.measure, ends)
-        figure.supxlabel("gate sparsity, measured on the same data", fontsize=9)
+        unit = "share of all linear weights skipped" if shown[0].of_weights else "gate sparsity"
+        figure.supxlabel(f"{unit}, measured on the same data", fontsize=9)
         drawing.legend(figure, [drawing.line(look[name]) for name in names], [label(name, _LEGEND) for name in names])
         return figure
 

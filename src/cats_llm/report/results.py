@@ -69,7 +69,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One number. ``gate``, ``ffn`` and ``model`` are the three sparsities on this task's data."""
+    """One number. ``gate``, ``ffn`` and ``model`` are the three sparsities on this task's data.
+
+    Methods that skip inputs, not neurons, have no ``gate``.
+    """
 
     variant: str
     task: str
@@ -84,6 +87,11 @@ class EvalRow:
     model: float | None
     layer_sparsity: dict[int, float] = field(default_factory=dict)
     tokens: int | None = None
+
+    @property
+    def skips_inputs(self) -> bool:
+        """What was skipped is known, and is no share of neurons."""
+        return self.gate is None and self.model is not None
 
 
 @dataclass(frozen=True)

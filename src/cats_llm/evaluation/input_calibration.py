@@ -1,0 +1,148 @@
+"""TEAL and WINA: which inputs of linear layers they skip, learned from the calibration text.
+
+TEAL (arXiv 2408.14690) skips the inputs x_i of a linear layer with |x_i| below a threshold of that layer, a quantile of
+the |x_i| of the calibration tokens in the dense model. WINA (arXiv 2505.19427) skips, of every token, the inputs with
+the smallest |x_i| ||W[:, i]||. Both here in every linear layer of the decoder layers, the same share in each (TEAL's
+uniform allocation). Ours: quantiles are exact, where TEAL takes them from a coarser histogram.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats_llm.calibration.batches import Batch
+from cats_llm.calibration.distribution import MagnitudeDistribution
+from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.checkpoint.config import check_sparsity
+from cats_llm.errors import CatsError
+from cats_llm.evaluation.calibration import Calibration
+from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears
+from cats_llm.model.structure import decoder_of, execution_device
+from cats_llm.model.surgery import dense_function
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+
+
+def teal(model: nn.Module, calibration: Calibration, sparsity: float) -> InputConfig:
+    """Thresholds of the same share for every linear layer.
+
+    Raises:
+        CatsError: there is no calibration text, or activations are NaN or infinite.
+    """
+    learned = distributions("teal", model, calibration)
+    return threshold_config(calibration, sparsity, learned, dict.fromkeys(learned, sparsity))
+
+
+def wina(model: nn.Module, calibration: Calibration, sparsity: float) -> InputConfig:
+    """The same share for every linear layer; nothing is learned from data."""
+    names = [name for linears in decoder_linears(model).values() for name in linears]
+    return InputConfig(check_sparsity(sparsity), dict.fromkeys(names, sparsity))
+
+
+def threshold_config(
+    calibration: Calibration,
+    sparsity: float,
+    learned: Mapping[str, MagnitudeDistribution],
+    shares: Mapping[str, float],
+) -> InputConfig:
+    """Thresholds for the share of inputs that each linear layer is to skip."""
+    chosen = {name: learned[name].threshold(share) for name, share in shares.items()}
+    return InputConfig(
+        check_sparsity(sparsity),
+        {name: share for name, (_, share) in chosen.items()},
+        {name: threshold for name, (threshold, _) in chosen.items()},
+        calibration=calibration.profile.record if calibration.profile is not None else {},
+    )
+
+
+@torch.no_grad()
+def distributions(method: str, model: nn.Module, calibration: Calibration) -> dict[str, MagnitudeDistribution]:
+    """Of the |x_i| of every linear layer's input, by its path; learned once. 8 MiB a layer and distinct input.
+
+    Args:
+        method: for the error.
+        model: dense, or taken as the dense model it came from.
+        calibration: needs text. Padding does not count.
+
+    Raises:
+        CatsError: there is no calibration text, or activations are NaN or infinite.
+    """
+    if "inputs" in calibration.learned:
+        known: dict[str, MagnitudeDistribution] = calibration.learned["inputs"]
+        return known
+    batches = calibration.text(method)
+    linears = {name: linear for layer in decoder_linears(model).values() for name, linear in layer.items()}
+    leaders = _leaders(model, linears, batches[0])
+    histograms = {name: GateHistogram(execution_device(linears[name])) for name in dict.fromkeys(leaders.values())}
+    mask: Tensor | None = None
+
+    def hook(histogram: GateHistogram) -> Hook:
+        def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            histogram.add(rows if mask is None else rows[mask.to(rows.device)])
+
+        return count
+
+    with ExitStack() as stack, dense_evaluation(model):
+        for name, histogram in histograms.items():
+            stack.callback(linears[name].register_forward_pre_hook(hook(histogram)).remove)
+        for batch in batches:
+            real = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+            mask = None if real is None else real.reshape(-1).bool()
+            run_decoder(model, batch)
+    for name, histogram in histograms.items():
+        if histogram.not_finite:
+            raise CatsError(
+                f"the inputs of {name} are NaN or infinite; the weights are damaged or the dtype overflows: try "
+                "--dtype float32."
+            )
+    found = {name: histogram.distribution(nn.Identity()) for name, histogram in histograms.items()}
+    calibration.learned["inputs"] = {name: found[leader] for name, leader in leaders.items()}
+    return dict(calibration.learned["inputs"])
+
+
+def _leaders(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -> dict[str, str]:
+    """For every linear layer that text runs through, the first one with the same input (q_proj for k_proj)."""
+    seen: list[tuple[Tensor, str]] = []
+    leaders: dict[str, str] = {}
+
+    def hook(name: str) -> Hook:
+        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            leaders[name] = next((leader for x, leader in seen if x is args[0]), name)
+            if leaders[name] == name:
+                seen.append((args[0], name))  # held, so that no other tensor is taken for it
+
+        return note
+
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    with ExitStack() as stack, dense_evaluation(model):
+        for name, linear in linears.items():
+            stack.callback(linear.register_forward_pre_hook(hook(name)).remove)
+        run_decoder(model, ids[:1, :2])
+    return {name: leaders[name] for name in linears if name in leaders}
+
+
+@contextmanager
+def dense_evaluation(model: nn.Module) -> Iterator[None]:
+    """The dense function in eval mode; the modules' modes come back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with dense_function(model):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def run_decoder(model: nn.Module, batch: Batch) -> None:
+    """Run text through the decoder, without the head."""
+    decoder: Any = decoder_of(model)
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    device = decoder.get_input_embeddings().weight.device
+    if device.type == "meta":  # offloaded: hooks bring inputs where they belong
+        device = torch.device("cpu")
+    decoder(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
