@@ -8,18 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
-from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import dense_function, densify, sparse_mlps, sparsify
-
-# |relu(g)| is below it only where relu(g) is zero
-_SMALLEST = torch.finfo(torch.float32).tiny
+from cats_llm.model.surgery import dense_function, densify, relu_config, sparse_mlps, sparsify
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def _cats(model: nn.Module, config: CatsConfig | None) -> Iterator[None]:
 
 
 def _relu_config(model: nn.Module, profile: Profile | None, sparsity: float | None) -> CatsConfig:
-    return CatsConfig(thresholds=dict.fromkeys((mlp.layer for mlp in find_gated_mlps(model)), _SMALLEST))
+    return relu_config(model)
 
 
 @contextmanager
