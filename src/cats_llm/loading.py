@@ -1,6 +1,7 @@
 """Load models and tokenizers for the command line, with errors for users."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,9 @@ def attach_adapters(model: Any, folder: Path) -> Any:
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             stored = set(file.keys())
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is checked below
+            adapted = PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, OSError) as error:
         raise CatsError(f"{folder / 'adapter_model.safetensors'} is missing or damaged; train again.") from error
     except (RuntimeError, ValueError) as error:
