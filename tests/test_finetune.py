@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def words(base, out, **changes):
 
 def finetune(base, out, **changes):
     assert main(words(base, out, **changes)) == 0
-    assert not out.with_name(f"{out.name}.training").exists()
+    left = out.with_name(f"{out.name}.training")
+    assert not left.exists() or [path.name for path in left.iterdir()] == ["tensorboard"]
     return json.loads((out / "finetune.json").read_text(encoding="utf-8"))
 
 
@@ -323,6 +325,19 @@ def test_instructions(base, tmp_path):
     assert log["evaluations"][-1]["loss"] < log["evaluations"][0]["loss"] - 1
 
 
+def test_tensorboard(base, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(words(base, tmp_path / "out", sparsity=0.5, steps=4)) == 0
+    assert [path.name for path in (tmp_path / "out.training").iterdir()] == ["tensorboard"]
+    events = EventAccumulator(str(tmp_path / "out.training" / "tensorboard")).Reload()
+    log = json.loads((tmp_path / "out" / "finetune.json").read_text(encoding="utf-8"))
+    found = [event.value for event in events.Scalars("eval/perplexity")]
+    assert found == pytest.approx([entry["perplexity"] for entry in log["evaluations"]], rel=1e-5)
+    assert len(events.Scalars("train/loss")) == 4
+
+
 # interruptions and processes
 
 
@@ -384,6 +399,23 @@ def test_two_processes_take_the_steps_of_one(base, tmp_path):
         assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-4)
         assert a["sparsity"]["gate"] == pytest.approx(b["sparsity"]["gate"], abs=1e-3)
     assert one["thresholds"][0]["thresholds"]["thresholds"] == two["thresholds"][0]["thresholds"]["thresholds"]
+
+
+@pytest.mark.slow
+def test_sharded_over_processes_the_step_is_the_same(base):
+    script = str(Path(__file__).parent / "fsdp_step.py")
+    process = run(
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, str(base), "0.3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error.decode()
+    found = json.loads(output)
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-5)
+    assert found["error"] < 1e-4
+    assert found["gradients"] == 2 * 2 * 5
+    assert found["sharded"] > found["gradients"], "nothing was sharded"
 
 
 # errors

@@ -26,6 +26,7 @@ from cats_llm.training.trainer import (
     RefreshThresholds,
     apply_config,
     split_history,
+    tensorboard,
 )
 from cats_llm.versions import versions
 
@@ -155,6 +156,9 @@ def train(
         batches = data.calibration_batches(settings.micro_batch)
         trainer.add_callback(RefreshThresholds(trainer, batches, settings.refresh_every))
     trainer.add_callback(KeepLog(trainer, folder / LOG_FILE, notify))
+    board = tensorboard(folder / "tensorboard") if trainer.is_world_process_zero() else None
+    if board is not None:
+        trainer.add_callback(board)
     # it would print every step where there is no progress bar
     trainer.pop_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ def arguments(
     settings: Settings, folder: Path, device: str, save_every: int = 0, bar: bool = False
 ) -> TrainingArguments:
     """The Trainer's arguments. Making them starts torch.distributed where a launcher asked for it."""
-    boards = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     made = TrainingArguments(
         output_dir=str(folder),
         use_cpu=device == "cpu",
@@ -52,7 +49,7 @@ def arguments(
         save_strategy="steps" if save_every else "no",
         save_steps=save_every or 1,
         save_total_limit=2,
-        report_to=boards,
+        report_to="none",
         disable_tqdm=not bar,
         dataloader_pin_memory=device != "cpu",
         remove_unused_columns=False,
@@ -116,6 +113,16 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
         perplexity = f"{found['perplexity']:.4g}" if found["perplexity"] is not None else "not finite"
         sparsity = f", gate sparsity {100 * found['sparsity']['gate']:.2f} %" if "sparsity" in found else ""
         self.notify(f"step {state.global_step}: held-out perplexity {perplexity}{sparsity}")
+
+
+def tensorboard(folder: Path) -> TrainerCallback | None:
+    """Writes losses and measurements for TensorBoard, if it is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
