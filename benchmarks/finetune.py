@@ -166,7 +166,7 @@ class Benchmark:
             "format": "cats-finetune-runs",
             "version": 1,
             "model": Path(args.model).name,
-            "command": shlex.join(["python", *(Path(a).name if Path(a).is_file() else a for a in sys.argv)]),
+            "command": shlex.join(["python", *(Path(a).name if Path(a).exists() else a for a in sys.argv)]),
             "machine": machine.facts(),
             "data": self.texts.record(),
             "search": [],
@@ -282,9 +282,9 @@ def table(results: dict[str, Any]) -> str:
     tests = {(c["group"], c["name"]): c for c in results.get("comparisons", []) if c["to"] == "relu"}
     logs = {(log["group"], log["name"]): log for log in results["runs"]}
     lines = [
-        "| setting | learning rate | gate sparsity after | perplexity before | after | to ReLU, 95 % interval "
-        "| steps to ReLU's end |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| setting | learning rate | gate sparsity after | perplexity before | after | after, on more text "
+        "| its difference to ReLU, 95 % interval | steps to where ReLU ends |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for run in runs:
         relu = next((r for r in runs if r.group == run.group and r.name == "relu"), None)
@@ -294,7 +294,7 @@ def table(results: dict[str, Any]) -> str:
         final = logs[run.group, run.name]["final"]["perplexity"]
         lines.append(
             f"| {run.name}, {run.group} | {run.learning_rate:g} | {_percent(last)} | {_number(first.perplexity)} "
-            f"| {_number(last.perplexity)} (all: {_number(final)}) | {difference} "
+            f"| {_number(last.perplexity)} | {_number(final)} | {difference} "
             f"| {'–' if relu is None else _steps_to(run, relu.points[-1].perplexity)} |"
         )
     return "\n".join(lines) + "\n"

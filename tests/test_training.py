@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import families
 import pytest
@@ -318,3 +321,35 @@ def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(CatsError, match="a batch of 6 cannot be divided into micro-batches of 4 on 1 process;"):
         Settings(batch_size=6).accumulation(1)
     assert Settings(batch_size=16, micro_batch=2).accumulation(4) == 2
+
+
+# the example's instructions
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        ("cola", [{"sentence": "The cat sat.", "label": 1}, {"sentence": "Cat the sat.", "label": 0}]),
+        ("sst2", [{"sentence": "a delight ", "label": 1}, {"sentence": "dull ", "label": 0}]),
+        (
+            "boolq",
+            [
+                {"passage": "Cats purr.", "question": "do cats purr", "answer": True},
+                {"passage": "Cats purr.", "question": "do cats bark", "answer": False},
+            ],
+        ),
+    ],
+)
+def test_yes_no_instructions(tmp_path, tokenizer, task, rows):
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    script = Path(__file__).parents[1] / "examples" / "yes_no_instructions.py"
+    line = [sys.executable, str(script), task, "train", str(out), "--source", str(source)]
+    subprocess.run(line, check=True)
+    assert is_instructions(str(out))
+    found = read_instructions(str(out), tokenizer, 128).examples
+    assert [answer(tokenizer, example) for example in found] == [" yes</s>", " no</s>"]
+    for row, example in zip(rows, found, strict=True):
+        text = tokenizer.decode(example["input_ids"])
+        assert all(part.strip() in text for part in row.values() if isinstance(part, str))
+    assert subprocess.run(line, capture_output=True, text=True).stderr.startswith("error: ")
