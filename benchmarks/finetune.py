@@ -30,6 +30,7 @@ import transformers
 from cats_llm import bundled
 from cats_llm.benchmark import machine
 from cats_llm.calibration.calibrate import calibrate
+from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.files import write_file, write_json
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import exp, score_sequences
@@ -160,7 +161,9 @@ class Benchmark:
         sequences = load_sequences(
             str(bundled.calibration_text()), self.tokenizer, args.seq_length, samples=256, seed=0
         )
-        self.profile = calibrate(self.model, batched(sequences, 8), "bundled calibration.txt")
+        profile = calibrate(self.model, batched(sequences, 8), "bundled calibration.txt")
+        # results are for others: no path of this machine
+        self.profile = Profile(profile.layers, profile.record | {"model": Path(args.model).name})
         self.scores: dict[tuple[str, str], list[float]] = {}
         self.results: dict[str, Any] = {
             "format": "cats-finetune-runs",

@@ -449,6 +449,25 @@ def test_errors_are_one_sentence(base, tmp_path, capsys, runs):
     assert not out.exists()
 
 
+def test_a_diverged_run_is_no_result(base, tmp_path, capsys):
+    error = failure(capsys, *words(base, tmp_path / "out", sparsity=0.5, steps=4, lr=1e30, save_every=0))
+    assert "the training diverged" in error
+    assert not (tmp_path / "out").exists()
+    # the log is there, and is JSON
+    text = (tmp_path / "out.training" / "log.json").read_text(encoding="utf-8")
+    log = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the log"))
+    assert log["evaluations"][-1]["perplexity"] is None
+
+
+def test_only_a_sparsity_that_was_asked_for_can_be_held(base, tmp_path, capsys):
+    model = load_model(str(base), device="cpu")
+    cats_llm.sparsify(model, cats_llm.CatsConfig(thresholds={0: 0.1, 1: 0.1})).save_pretrained(tmp_path / "by-hand")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "by-hand")
+    error = failure(capsys, *words(tmp_path / "by-hand", tmp_path / "out", refresh_thresholds=2, steps=2))
+    assert "were not calibrated for a sparsity" in error
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -234,6 +234,11 @@ def command(
             show,
             {"model": model, "dtype": dtype, "device": str(arguments.device), "command": _command()},
         )
+        if log["evaluations"][-1]["loss"] is None:
+            raise CatsError(
+                f"the training diverged: the held-out loss is no number; choose a smaller --learning-rate than "
+                f"{learning_rate:g} (the log is {work / trainer.LOG_FILE})."
+            )
         if parallel.rank() == 0:
             del loaded
             base = load("cpu")

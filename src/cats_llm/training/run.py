@@ -135,7 +135,7 @@ def train(
         The log (docs/finetuning.md says what is in it). The trained adapters are in ``arguments.output_dir/adapter``.
 
     Raises:
-        CatsError: the layers for adapters are not found, the data is too small, or the loss is no number.
+        CatsError: the layers for adapters are not found, or thresholds are to be refreshed that cannot be.
     """
     started = time.perf_counter()
     folder = Path(arguments.output_dir)
@@ -153,6 +153,12 @@ def train(
     if settings.refresh_every:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise CatsError("thresholds cannot be refreshed while weights are sharded; leave out --refresh-thresholds.")
+        asked: Any = unwrap(model).config
+        if asked.quantization_config.sparsity is None:
+            raise CatsError(
+                "this CATS model's thresholds were not calibrated for a sparsity, so there is none to hold; pass "
+                "--sparsity, or leave out --refresh-thresholds."
+            )
         batches = data.calibration_batches(settings.micro_batch)
         trainer.add_callback(RefreshThresholds(trainer, batches, settings.refresh_every))
     trainer.add_callback(KeepLog(trainer, folder / LOG_FILE, notify))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
         base: Any = unwrap(model)
         before: CatsConfig = base.config.quantization_config
         assert before.sparsity is not None
-        profile = calibrate(model, self.batches[parallel.rank() :: parallel.world_size()], before.calibration["data"])
+        mine = self.batches[parallel.rank() :: parallel.world_size()]
+        profile = calibrate(model, mine, before.calibration.get("data"))
         config = profile.config(before.sparsity).with_coverage(before.coverage)
         apply_config(model, config)
         self.trainer.note(
@@ -158,8 +160,12 @@ def apply_config(model: Any, config: CatsConfig) -> None:
 def split_history(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The Trainer's history as a log file has it."""
     keys = ("step", "epoch", "loss", "grad_norm", "learning_rate")
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None  # JSON has no NaN
+
     return {
-        "steps": [{key: entry[key] for key in keys if key in entry} for entry in history if "loss" in entry],
+        "steps": [{key: number(entry[key]) for key in keys if key in entry} for entry in history if "loss" in entry],
         "evaluations": [{"step": entry["step"], **entry["evaluation"]} for entry in history if "evaluation" in entry],
         "thresholds": [entry for entry in history if "thresholds" in entry],
     }
