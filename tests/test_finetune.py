@@ -323,6 +323,17 @@ def test_instructions(base, tmp_path):
     # an answer is one token and the end of the text
     assert log["evaluations"][0]["tokens"] == 4 * 2
     assert log["evaluations"][-1]["loss"] < log["evaluations"][0]["loss"] - 1
+    # the accuracy is that of generating
+    model, tokenizer = load_model(str(tmp_path / "out"), device="cpu"), load_tokenizer(str(base))
+    data = prepare.Sources(str(source), None, None, 32, None, 4, 4, {}).read(tokenizer, 0, True)
+    right = 0
+    for example in data.heldout:
+        prompt = int((example["labels"] == -100).sum())
+        ids = example["input_ids"]
+        made = model.generate(input_ids=ids[None, :prompt], max_new_tokens=len(ids) - prompt, do_sample=False)
+        right += made[0].tolist() == ids.tolist()
+    assert log["evaluations"][-1]["accuracy"] == right / 4
+    assert log["evaluations"][0]["accuracy"] == 0
 
 
 def test_tensorboard(base, tmp_path):

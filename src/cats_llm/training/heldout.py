@@ -39,14 +39,15 @@ def measure(
         wrapped: what to call in place of ``model``, where a wrapper gathers its weights.
 
     Returns:
-        loss (nats), perplexity, tokens (predicted); for a sparse model also sparsity (gate, ffn, model) and
-        layer_sparsity. The same in every process. A model that diverged has a loss and perplexity of None.
+        loss (nats), perplexity, tokens (predicted); for instructions also accuracy, the share whose answer greedy
+        decoding gives token by token; for a sparse model also sparsity (gate, ffn, model) and layer_sparsity. The
+        same in every process. A model that diverged has a loss and perplexity of None.
     """
     counter = SparsityCounter(model)
     rank, world = parallel.rank(), parallel.world_size()
     device = next(p.device for p in model.parameters())
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    loss, tokens = 0.0, 0
+    loss, tokens, right = 0.0, 0, 0
     training = model.training
     model.eval()
     # where weights are sharded, every process must call the model equally often
@@ -62,16 +63,19 @@ def measure(
             for rows, targets in zip(logits[wanted].split(_ROWS), labels[wanted].split(_ROWS), strict=True):
                 loss += float(F.cross_entropy(rows.float(), targets, reduction="sum"))
                 tokens += len(targets)
+            right += int(((logits.argmax(-1) == labels) | ~wanted).all(1).sum())
     model.train(training)
-    parts = parallel.gather((loss, tokens))
-    tokens = sum(part[1] for part in parts)
-    mean = sum(part[0] for part in parts) / tokens
+    losses, all_tokens, rights = zip(*parallel.gather((loss, tokens, right)), strict=True)
+    tokens = sum(all_tokens)
+    mean = sum(losses) / tokens
     counts = parallel.sum_counts(counter.counts())
     found: dict[str, Any] = {
         "loss": mean if math.isfinite(mean) else None,
         "perplexity": exp(mean) if math.isfinite(exp(mean)) else None,
         "tokens": tokens,
     }
+    if any(bool((example["labels"] == IGNORED).any()) for example in examples):
+        found["accuracy"] = sum(rights) / len(examples)
     if counts:
         layers = {layer: skipped / seen for layer, (skipped, seen) in counts.items()}
         found["sparsity"] = vars(sparsity_of(model, layers))

@@ -81,6 +81,8 @@ class CatsTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         )
         self.note(evaluation=found)
         metrics = {f"eval_{name}": found[name] for name in ("loss", "perplexity") if found[name] is not None}
+        if "accuracy" in found:
+            metrics["eval_accuracy"] = found["accuracy"]
         if "sparsity" in found:
             metrics["eval_sparsity"] = found["sparsity"]["gate"]
         self.log(metrics)
@@ -113,7 +115,8 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
         found = next(entry["evaluation"] for entry in reversed(state.log_history) if "evaluation" in entry)
         perplexity = f"{found['perplexity']:.4g}" if found["perplexity"] is not None else "not finite"
         sparsity = f", gate sparsity {100 * found['sparsity']['gate']:.2f} %" if "sparsity" in found else ""
-        self.notify(f"step {state.global_step}: held-out perplexity {perplexity}{sparsity}")
+        right = f", {100 * found['accuracy']:.2f} % of answers right" if "accuracy" in found else ""
+        self.notify(f"step {state.global_step}: held-out perplexity {perplexity}{right}{sparsity}")
 
 
 def tensorboard(folder: Path) -> TrainerCallback | None:
