@@ -235,7 +235,10 @@ def test_what_is_set_aside_is_not_trained_on(tokenizer):
     everything = {tuple(ids.tolist()) for ids in load_sequences(TEXT, tokenizer, 64, 40)}
     assert set().union(*parts) == everything
     assert len(everything) == 40
-    assert sources().read(tokenizer, 0, False).aside == []
+    # a method without thresholds trains on the same
+    other = sources().read(tokenizer, 0, False)
+    assert other.aside == []
+    assert [tuple(e["input_ids"].tolist()) for e in other.train] == parts[0]
 
 
 def test_sources_that_cannot_be_measured_are_refused(tokenizer):

@@ -76,20 +76,21 @@ class Sources:
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
         record = {"train": self.train, "kind": "instructions" if self.instructions(self.train) else "text"}
         parts: dict[str, list[Example]] = {}
-        for name, source, count, wanted in (
-            ("heldout", self.heldout, self.heldout_samples, True),
-            ("calibration", self.calibration, self.calibration_samples, calibrates),
+        for name, source, count in (
+            ("heldout", self.heldout, self.heldout_samples),
+            ("calibration", self.calibration, self.calibration_samples),
         ):
-            if not wanted:
-                parts[name] = []
-            elif source is not None:
-                parts[name] = self._read(source, tokenizer, count).examples
-                record[name] = source
-            else:
+            wanted = calibrates or name == "heldout"
+            parts[name] = []
+            if source is None:
+                # also where it is not wanted: every method trains on the same examples
                 count = max(1, min(count, len(pool) // _ASIDE))
                 taken, order = order[:count], order[count:]
-                parts[name] = [pool[i] for i in taken]
-                record[name] = f"set aside from {self.train}"
+                source, parts[name] = f"set aside from {self.train}", [pool[i] for i in taken if wanted]
+            elif wanted:
+                parts[name] = self._read(source, tokenizer, count).examples
+            if wanted:
+                record[name] = source
         train = [pool[i] for i in sorted(order)]
         if not train:
             raise CatsError(
