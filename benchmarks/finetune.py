@@ -68,7 +68,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, help="default: an eighth of the steps")
     parser.add_argument("--heldout-samples", type=int, default=64, help="sequences measured at intervals")
     parser.add_argument("--final-samples", type=int, default=192, help="sequences measured at the end, for the tests")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates to try")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="learning rates to try"
+    )
     parser.add_argument("--rank", type=int, default=4, help="of LoRA; alpha is a quarter of it, as in the paper")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
