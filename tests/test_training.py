@@ -356,3 +356,14 @@ def test_yes_no_instructions(tmp_path, tokenizer, task, rows):
         text = tokenizer.decode(example["input_ids"])
         assert all(part.strip() in text for part in row.values() if isinstance(part, str))
     assert subprocess.run(line, capture_output=True, text=True).stderr.startswith("error: ")
+
+
+def test_the_share_below_a_threshold_is_that_of_counting(llama):
+    distribution = llama.profile.layers[0]
+    for k in (0.0, 0.3, 0.5, 0.9):
+        threshold, achieved = distribution.threshold(k)
+        assert distribution.below(threshold) == pytest.approx(achieved, abs=1e-9)
+    # between two edges, to within the group that it cuts
+    between = float((distribution.edges[100] + distribution.edges[101]) / 2)
+    exact = int(distribution.counts[:100].sum()) / distribution.total
+    assert exact <= distribution.below(between) <= exact + int(distribution.counts[100]) / distribution.total
