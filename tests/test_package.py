@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "benchmark": {"calibration", "integrations", "kernels", "model"},
     "calibration": {"kernels", "model"},
     "evaluation": {"calibration", "kernels", "model", "text"},
+    "training": {"calibration", "evaluation", "loading", "model", "text"},
     "report": set(),
     "recipes": set(),
 }

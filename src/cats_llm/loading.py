@@ -1,6 +1,7 @@
 """Load models and tokenizers for the command line, with errors for users."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from cats_llm.errors import CatsError
 from cats_llm.model.surgery import thresholds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BASE = "base"
+"""Where a folder of adapters that `cats finetune` wrote keeps the model that they belong to."""
+_ADAPTERS = "adapter_config.json"
 
 
 def default_device() -> str:
@@ -30,6 +34,8 @@ def load_model(
 ) -> Any:
     """A causal language model from the hub or a folder, dense or CATS, in eval mode.
 
+    A folder of PEFT adapters gives the model that they belong to with the adapters in it.
+
     Args:
         name: of the hub, or a folder.
         dtype: one of `DTYPES`; "auto" is the checkpoint's own.
@@ -40,6 +46,10 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    if (Path(name).expanduser() / _ADAPTERS).is_file():
+        folder = Path(name).expanduser()
+        base = load_model(_base_of(folder), dtype, device, None, trust_remote_code)
+        return attach_adapters(base, folder).eval()
     check_name(name)
     device = device or default_device()
     with _loading_errors(name):
@@ -56,6 +66,49 @@ def load_model(
         raise CatsError(f"{name} lacks {len(missing)} weights of the model ({missing[0]}, ...); download it again.")
     check_sparse(model, name)
     return model.eval()
+
+
+def _base_of(folder: Path) -> str:
+    """The model that the adapters in a folder belong to: the one inside the folder, or the one that they name."""
+    if (folder / BASE / "config.json").is_file():
+        return str(folder / BASE)
+    try:
+        name = json.loads((folder / _ADAPTERS).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str):
+        raise CatsError(f"{folder / _ADAPTERS} does not say which model the adapters belong to; merge them first.")
+    return name
+
+
+def attach_adapters(model: Any, folder: Path) -> Any:
+    """The model in a PEFT wrapper with the adapters of a folder.
+
+    Raises:
+        CatsError: peft is not installed, or the adapters are damaged or for another model.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise CatsError(f"{folder} holds adapters, which need peft: pip install 'cats-llm[train]'.") from error
+    other = f"the adapters in {folder} do not fit the model"
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            stored = set(file.keys())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is checked below
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except (SafetensorError, OSError) as error:
+        raise CatsError(f"{folder / 'adapter_model.safetensors'} is missing or damaged; train again.") from error
+    except (RuntimeError, ValueError) as error:
+        # the first line of a mismatch only says that there are some
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+        raise CatsError(f"{other}: {lines[min(1, len(lines) - 1)]}.") from error
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if stored != wanted:
+        odd = sorted(stored ^ wanted)
+        raise CatsError(f"{other}: {len(odd)} tensors are in one and not in the other ({odd[0]}, ...).")
+    return adapted
 
 
 def load_skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -76,6 +129,8 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """
     from transformers import AutoTokenizer
 
+    if (Path(name).expanduser() / _ADAPTERS).is_file():
+        name = _base_of(Path(name).expanduser())
     check_name(name)
     with _loading_errors(f"the tokenizer of {name}"):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -109,6 +164,11 @@ def check_name(name: str) -> None:
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise CatsError(f"there is no folder {name}.")
         return
+    if (folder / _ADAPTERS).is_file() and not (folder / "config.json").is_file():
+        raise CatsError(
+            f"{name} holds adapters beside their model, which cats generate and cats eval can load, and nothing else; "
+            "write a merged model with cats finetune."
+        )
     if not (folder / "config.json").is_file():
         raise CatsError(f"the folder {name} has no config.json, so it holds no model.")
     try:

@@ -75,6 +75,10 @@ class MagnitudeDistribution:
         """The share of magnitudes below each edge, float64, (m,): the sparsity of that threshold."""
         return (self.counts.cumsum(0) - self.counts).double() / self.total
 
+    def below(self, threshold: float) -> float:
+        """The share of magnitudes below a threshold, to within a group's (5e-5)."""
+        return int(self.counts[self.edges < threshold].sum()) / self.total
+
     def threshold(self, sparsity: float) -> tuple[float, float]:
         """The threshold whose sparsity is nearest to the one asked for (paper, section 3.1), and its sparsity.
 

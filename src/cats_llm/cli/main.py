@@ -7,7 +7,20 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from cats_llm.cli import bench, calibrate, demo, env, evaluate, generate, inspect, report, reproduce, sparsify, tune
+from cats_llm.cli import (
+    bench,
+    calibrate,
+    demo,
+    env,
+    evaluate,
+    finetune,
+    generate,
+    inspect,
+    report,
+    reproduce,
+    sparsify,
+    tune,
+)
 from cats_llm.errors import CatsError
 
 app = typer.Typer(
@@ -18,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (calibrate, sparsify, inspect, generate, evaluate, report, reproduce, bench, tune, env, demo):
+for module in (calibrate, sparsify, finetune, inspect, generate, evaluate, report, reproduce, bench, tune, env, demo):
     module.add_to(app)
 
 # what a wrong command line raises; typer exports only its subclass

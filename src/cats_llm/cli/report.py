@@ -19,6 +19,7 @@ from cats_llm.report.data import LayerDistribution
 from cats_llm.report.extra import require_extra
 from cats_llm.report.results import is_eval, read_eval
 from cats_llm.report.tables import markdown
+from cats_llm.report.training import is_training, read_training
 from cats_llm.report.wording import short_name
 
 # what profiles show where nothing was evaluated: the paper's
@@ -36,7 +37,7 @@ def command(
         list[Path],
         typer.Argument(
             metavar="RESULT",
-            help="Files of cats eval, cats calibrate, cats bench and benchmarks/gpu.py.",
+            help="Files of cats eval, cats calibrate, cats bench, cats finetune (finetune.json) and benchmarks/*.py.",
             show_default=False,
         ),
     ],
@@ -58,8 +59,9 @@ def command(
 ) -> None:
     """Show what sparsity costs and gains: one page with figures and tables from any mix of result files.
 
-    Takes results of `cats eval` and `cats bench` (`--json`), of benchmarks/gpu.py, and calibration profiles. Results of
-    one model are joined; several models stand side by side, as before and after fine-tuning.
+    Takes results of `cats eval` and `cats bench` (`--json`), logs of `cats finetune` (OUT/finetune.json), files of
+    benchmarks/gpu.py and benchmarks/finetune.py, and calibration profiles. Results of one model are joined; several
+    models stand side by side, as before and after fine-tuning.
 
     Example: **cats report mistral.json mistral.safetensors decode.json -o mistral.html --figures figures**
     """
@@ -95,7 +97,7 @@ def read(paths: Sequence[Path]) -> Collection:
     Raises:
         CatsError: a file is missing, damaged, or of no kind that is known.
     """
-    results, profiles, benches = [], [], []
+    results, profiles, benches, trainings = [], [], [], []
     for path in dict.fromkeys(paths):
         if path.suffix == ".safetensors":
             profiles.append(profile_data(Profile.load(path)))
@@ -105,12 +107,14 @@ def read(paths: Sequence[Path]) -> Collection:
             results.append((path, read_eval(values, path)))
         elif is_bench(values):
             benches += read_bench(values, path)
+        elif is_training(values):
+            trainings += read_training(values, path)
         else:
             raise CatsError(
-                f"{path} is JSON, but no result of cats eval or cats bench, which is what cats report reads beside "
-                "calibration profiles (.safetensors)."
+                f"{path} is JSON, but no result of cats eval, cats bench or cats finetune, which is what cats report "
+                "reads beside calibration profiles (.safetensors)."
             )
-    return Collection.of(results, profiles, benches, [path.name for path in dict.fromkeys(paths)])
+    return Collection.of(results, profiles, benches, [path.name for path in dict.fromkeys(paths)], trainings)
 
 
 def profile_data(profile: Profile) -> ProfileData:

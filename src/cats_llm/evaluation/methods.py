@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from cats_llm.calibration.batches import Batch
@@ -26,10 +25,7 @@ from cats_llm.evaluation.calibration import Calibration
 from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears, dense_inputs, sparse_inputs
 from cats_llm.model.accounting import input_sparsity_of, sparsity_of
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import dense_function, densify, sparse_mlps, sparsify
-
-# |relu(g)| is below it only where relu(g) is zero
-_SMALLEST = torch.finfo(torch.float32).tiny
+from cats_llm.model.surgery import dense_function, densify, relu_config, sparse_mlps, sparsify
 
 Config = CatsConfig | InputConfig
 """What a method applies to a model."""
@@ -92,7 +88,7 @@ def _cats(model: nn.Module, config: CatsConfig) -> Iterator[None]:
 
 
 def _relu_config(model: nn.Module, calibration: Calibration, sparsity: float | None) -> CatsConfig:
-    return CatsConfig(thresholds=dict.fromkeys((mlp.layer for mlp in find_gated_mlps(model)), _SMALLEST))
+    return relu_config(model)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cats_llm.report.bench import Bench
     from cats_llm.report.curves import Panel
+    from cats_llm.report.training import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Collection:
     profiles: list[ProfileData] = field(default_factory=list)
     benches: list[Bench] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    trainings: list[TrainingRun] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -58,10 +60,13 @@ class Collection:
         profiles: Sequence[ProfileData],
         benches: Sequence[Bench],
         files: Sequence[str],
+        trainings: Sequence[TrainingRun] = (),
     ) -> Collection:
         """Join what belongs together: files of one model, and thresholds that were evaluated with their profile."""
         merged = [with_mean(result) for result in merge(results)]
-        return cls(merged, [_evaluated(profile, merged) for profile in profiles], list(benches), list(files))
+        return cls(
+            merged, [_evaluated(profile, merged) for profile in profiles], list(benches), list(files), [*trainings]
+        )
 
 
 def _evaluated(profile: ProfileData, results: Sequence[EvalResult]) -> ProfileData:
@@ -88,7 +93,7 @@ class Drawing(NamedTuple):
 
 def drawings(collection: Collection) -> list[Drawing]:
     """The figures for which there is data, in the order of the page."""
-    from cats_llm.report import curves
+    from cats_llm.report import curves, training
 
     results = collection.results
     made = []
@@ -138,6 +143,18 @@ def drawings(collection: Collection) -> list[Drawing]:
                     )
                 ],
                 partial(curves.sparsity_by_layer, results),
+            )
+        )
+    if collection.trainings:
+        made.append(
+            Drawing(
+                "training",
+                "Fine-tuning",
+                [
+                    "Each line is one model while adapters are trained on it; step 0 is the model before. Perplexity "
+                    "is better when lower. Sparsity drifts where its line is not level."
+                ],
+                partial(training.curves, collection.trainings),
             )
         )
     made += _threshold_drawings(collection)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cats_llm.checkpoint.files import write_folder
-from cats_llm.report import tables
+from cats_llm.report import tables, training
 from cats_llm.report.bench import Bench, facts, sparsity
 from cats_llm.report.collection import Collection, drawings
 from cats_llm.report.costs import findings
 from cats_llm.report.extra import require_extra
 from cats_llm.report.html import picture, render
-from cats_llm.report.wording import number, target
+from cats_llm.report.wording import number, short_name, target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +36,10 @@ def render_page(collection: Collection) -> str:
         findings=headline(collection),
         tables=[tables.result_table(result) for result in collection.results],
         benches=[tables.bench_table(bench) for bench in collection.benches],
+        training_columns=training.COLUMNS,
+        trainings=training.rows(collection.trainings),
         pictures=[picture(d.name, d.title, d.captions, d.draw) for d in drawings(collection)],
-        commands=list(dict.fromkeys(c for result in collection.results for c in result.commands)),
+        commands=_commands(collection),
         facts=_facts(collection),
         change_of=tables.change_of,
         probability=tables.probability,
@@ -69,6 +71,7 @@ def write_figures(collection: Collection, folder: Path, force: bool = False) -> 
 def title(collection: Collection) -> str:
     """What the report is about."""
     labels = [result.label for result in collection.results] or [profile.label for profile in collection.profiles]
+    labels = labels or [short_name(run.model) for run in collection.trainings]
     named = list(dict.fromkeys(labels))
     if not named:
         return "CATS: speed"
@@ -79,6 +82,7 @@ def title(collection: Collection) -> str:
 def headline(collection: Collection) -> list[str]:
     """The main sentences: quality first, then speed; about thresholds only where there is nothing else."""
     said = findings(collection.results)
+    said += [training.finding(collection.trainings)] if collection.trainings else []
     said += [sentence for bench in collection.benches for sentence in _speed(bench)]
     if not said:
         said = [
@@ -88,6 +92,11 @@ def headline(collection: Collection) -> list[str]:
             for profile in collection.profiles
         ]
     return said
+
+
+def _commands(collection: Collection) -> list[str]:
+    found = [command for result in collection.results for command in result.commands]
+    return list(dict.fromkeys([*found, *(run.command for run in collection.trainings if run.command)]))
 
 
 def _speed(bench: Bench) -> list[str]:
@@ -129,6 +138,8 @@ def _facts(collection: Collection) -> list[tuple[str, dict[str, str]]]:
         groups.append((f"Evaluation of {result.label}", {k: v for k, v in what.items() if v} | result.versions))
         data = {task.name: _data(task.data, task.documents) for task in result.tasks}
         groups.append((f"Data for {result.label}", data))
+    heldout = {f"{run.name}, {run.group}": run.heldout for run in collection.trainings}
+    groups += [("Held-out text of fine-tuning", heldout)] if heldout else []
     groups += [(f"Calibration of {profile.label}", profile.facts) for profile in collection.profiles]
     for bench in collection.benches:
         machine = {k: str(v) for k, v in bench.machine.items() if isinstance(v, (str, int, float))}

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from cats_llm.report import bench as benches
+from cats_llm.report import training
 from cats_llm.report.costs import DISTANCES, Cost, Measure, costs, main_measures, table_costs
 from cats_llm.report.results import DENSE, EvalResult, EvalRow
 from cats_llm.report.wording import MISSING, clean, number, percent, signed
@@ -144,6 +145,9 @@ def markdown(collection: Collection) -> str:
                 numbers_from=2,
             )
         )
+    if collection.trainings:
+        parts.append("**Fine-tuning**\n")
+        parts.append(_table(training.COLUMNS, training.rows(collection.trainings), numbers_from=1))
     for bench in collection.benches:
         table = bench_table(bench)
         parts.append(f"**{_cell(table.title)}**\n")

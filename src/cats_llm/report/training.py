@@ -1,0 +1,162 @@
+"""Fine-tuning logs: reading them, quality and sparsity against steps, and a table of the ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cats_llm.errors import CatsError
+from cats_llm.report.wording import MISSING, change, known, label, number, percent, short_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+_LOG, _SEVERAL = "cats-finetune", "cats-finetune-runs"
+_VERSION = 1
+
+
+class Point(NamedTuple):
+    """A measurement on held-out text; None where there was none, or no finite one."""
+
+    step: int
+    perplexity: float | None
+    gate: float | None
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of `cats finetune`.
+
+    Attributes:
+        name: the method and its sparsity.
+        group: what runs are drawn together under.
+        points: in the order of steps, at least one.
+    """
+
+    name: str
+    group: str
+    model: str
+    heldout: str
+    learning_rate: float | None
+    points: list[Point]
+    command: str
+
+
+def is_training(values: Any) -> bool:
+    """Whether it is a log of `cats finetune`, or several in one file."""
+    return isinstance(values, dict) and values.get("format") in (_LOG, _SEVERAL)
+
+
+def read_training(values: dict[str, Any], path: Path) -> list[TrainingRun]:
+    """The runs of a file.
+
+    Raises:
+        CatsError: it is damaged, or of a newer version.
+    """
+    if values.get("version") != _VERSION:
+        raise CatsError(
+            f"{path} is a fine-tuning log of version {values.get('version')!r}; upgrade cats-llm to read it."
+        )
+    try:
+        logs = values["runs"] if values["format"] == _SEVERAL else [values]
+        runs = [_run(log, values) for log in logs]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CatsError(f"{path} is a fine-tuning log that is damaged; train again, or take it from OUT.") from error
+    if not runs or not all(run.points for run in runs):
+        raise CatsError(f"{path} is a fine-tuning log without any measurement.")
+    return runs
+
+
+def _run(log: dict[str, Any], file: dict[str, Any]) -> TrainingRun:
+    points = [
+        Point(
+            int(entry["step"]),
+            None if entry["perplexity"] is None else float(entry["perplexity"]),
+            float(entry["sparsity"]["gate"]) if "sparsity" in entry else None,
+        )
+        for entry in log["evaluations"]
+    ]
+    rate = float(log["settings"]["learning_rate"])
+    model = str(log.get("model") or file.get("model") or "a model")
+    return TrainingRun(
+        str(log["name"]),
+        str(log.get("group") or short_name(model)),
+        model,
+        str(log["data"]["heldout"]),
+        rate,
+        sorted(points),
+        str(log.get("command") or file.get("command") or ""),
+    )
+
+
+def curves(runs: Sequence[TrainingRun], wide: bool = True) -> Figure:
+    """Held-out perplexity, and below it gate sparsity, against optimizer steps: a column a group, a line a run."""
+    # here, so that logs can be read without matplotlib
+    from cats_llm.report import drawing
+
+    groups = list(dict.fromkeys(run.group for run in runs))
+    names = list(dict.fromkeys(run.name for run in runs))
+    sparse = [name for name in names if name != "dense"]
+    look = {"dense": drawing.DENSE} | drawing.looks(sparse)
+    shares = any(point.gate is not None for run in runs for point in run.points)
+    measures = [("held-out perplexity", 1)] + [("gate sparsity on it, %", 2)] * shares
+    with drawing.style():
+        columns = len(groups) if wide else 1
+        figure, panels = drawing.panels(len(measures) * len(groups), columns, wide, height=2.6 if wide else 2.2)
+        # in rows when there is room, else all of a group together
+        order = [(m, g) for m in measures for g in groups] if wide else [(m, g) for g in groups for m in measures]
+        for axes, ((title, index), group) in zip(panels, order, strict=True):
+            heights = []
+            for run in (run for run in runs if run.group == group):
+                points = [(p.step, v) for p in run.points if (v := p[index]) is not None and known(v)]
+                shown = [min(v * (100 if index == 2 else 1), drawing.HIGHEST) for _, v in points]
+                drawn = look[run.name]
+                axes.plot([step for step, _ in points], shown, color=drawn.colour, marker=drawn.marker, markersize=3.5)
+                heights += shown
+            drawing.value_axis(axes, heights, from_zero=False)
+            axes.set_title(title + (f": {label(group)}" if len(groups) > 1 else ""))
+        figure.supxlabel("optimizer steps", fontsize=9)
+        drawing.legend(figure, [drawing.line(look[name]) for name in names], [label(name) for name in names])
+        return figure
+
+
+COLUMNS = ("setting", "learning rate", "steps", "perplexity before", "after", "change", "gate sparsity before", "after")
+
+
+def rows(runs: Sequence[TrainingRun]) -> list[list[str]]:
+    """A row a run, as `COLUMNS` name it."""
+    several = len({run.group for run in runs}) > 1
+    made = []
+    for run in runs:
+        first, last = run.points[0], run.points[-1]
+        made.append(
+            [
+                run.name + (f", {run.group}" if several else ""),
+                MISSING if run.learning_rate is None else f"{run.learning_rate:g}",
+                str(last.step),
+                number(first.perplexity, 5),
+                number(last.perplexity, 5),
+                change(last.perplexity, first.perplexity),
+                percent(first.gate),
+                percent(last.gate),
+            ]
+        )
+    return made
+
+
+def finding(runs: Sequence[TrainingRun]) -> str:
+    """The run that ends best among the sparse ones, in a sentence."""
+    sparse = [(run.points[-1].perplexity, run) for run in runs if run.points[-1].gate is not None]
+    ended = [(value, run) for value, run in sparse if value is not None and known(value)]
+    if not ended:
+        return "None of the fine-tuned models of these files is sparse and of finite perplexity."
+    value, run = min(ended, key=lambda item: item[0])
+    last, first = run.points[-1], run.points[0]
+    return (
+        f"Fine-tuning for {last.step} steps takes {run.name} from a held-out perplexity of "
+        f"{number(first.perplexity)} to {number(value)} at {percent(last.gate)} gate sparsity"
+        + (", the lowest of the sparse models here." if len(ended) > 1 else ".")
+    )

@@ -1,0 +1,1 @@
+"""Fine-tuning: adapters trained through the thresholded activation, or on ReLUfied and dense models."""

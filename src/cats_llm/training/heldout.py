@@ -1,0 +1,83 @@
+"""Perplexity and sparsity on held-out examples while a model trains."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cats_llm.evaluation import parallel
+from cats_llm.evaluation.evaluate import exp
+from cats_llm.evaluation.sparsity import SparsityCounter
+from cats_llm.model.accounting import sparsity_of
+from cats_llm.training.data import IGNORED, Example
+
+# rows of logits held in float32 at a time
+_ROWS = 512
+
+
+@torch.no_grad()
+def measure(
+    model: Any,
+    examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
+    batch_size: int,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    wrapped: Any = None,
+) -> dict[str, Any]:
+    """Loss and perplexity a predicted token, and the sparsity on all tokens; each process computes its share.
+
+    Args:
+        model: dense or CATS.
+        examples: the same in every process.
+        collate: see `cats_llm.training.data.collator`.
+        batch_size: examples computed at a time.
+        context: what to compute in, such as autocast.
+        wrapped: what to call in place of ``model``, where a wrapper gathers its weights.
+
+    Returns:
+        loss (nats), perplexity, tokens (predicted); for instructions also accuracy, the share whose answer greedy
+        decoding gives token by token; for a sparse model also sparsity (gate, ffn, model) and layer_sparsity. The
+        same in every process. A model that diverged has a loss and perplexity of None.
+    """
+    counter = SparsityCounter(model)
+    rank, world = parallel.rank(), parallel.world_size()
+    device = next(p.device for p in model.parameters())
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    loss, tokens, right = 0.0, 0, 0
+    training = model.training
+    model.eval()
+    # where weights are sharded, every process must call the model equally often
+    for round_ in range(math.ceil(len(batches) / world)):
+        index = round_ * world + rank
+        mine = index < len(batches)
+        batch = {name: value.to(device) for name, value in collate(batches[index if mine else 0]).items()}
+        labels = batch.pop("labels")[:, 1:]
+        with context(), counter if mine else nullcontext():
+            logits = (wrapped or model)(**batch, use_cache=False).logits[:, :-1]
+        if mine:
+            wanted = labels != IGNORED
+            for rows, targets in zip(logits[wanted].split(_ROWS), labels[wanted].split(_ROWS), strict=True):
+                loss += float(F.cross_entropy(rows.float(), targets, reduction="sum"))
+                tokens += len(targets)
+            right += int(((logits.argmax(-1) == labels) | ~wanted).all(1).sum())
+    model.train(training)
+    losses, all_tokens, rights = zip(*parallel.gather((loss, tokens, right)), strict=True)
+    tokens = sum(all_tokens)
+    mean = sum(losses) / tokens
+    counts = parallel.sum_counts(counter.counts())
+    found: dict[str, Any] = {
+        "loss": mean if math.isfinite(mean) else None,
+        "perplexity": exp(mean) if math.isfinite(exp(mean)) else None,
+        "tokens": tokens,
+    }
+    if any(bool((example["labels"] == IGNORED).any()) for example in examples):
+        found["accuracy"] = sum(rights) / len(examples)
+    if counts:
+        layers = {layer: skipped / seen for layer, (skipped, seen) in counts.items()}
+        found["sparsity"] = vars(sparsity_of(model, layers))
+        found["layer_sparsity"] = layers
+    return found
