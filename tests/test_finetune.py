@@ -22,6 +22,7 @@ from cats_llm.kernels import cpu, registry
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.text import load_sequences
 from cats_llm.training import prepare
+from cats_llm.training.run import resumed_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = bundled.calibration_text()
@@ -233,6 +234,40 @@ def test_a_cats_model_keeps_its_thresholds(base, tmp_path, capsys):
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "again"))
     assert cats_llm.thresholds(before) == cats_llm.thresholds(after)
     assert "pass --sparsity" in failure(capsys, *words(base, tmp_path / "x", steps=2))
+
+
+@pytest.fixture(scope="module")
+def fitted(base, tmp_path_factory):
+    """A checkpoint with thresholds a neuron and a compensation."""
+    out = tmp_path_factory.mktemp("fitted") / "model"
+    text = ["--data", str(bundled.calibration_text()), "--seq-length", "32", "--samples", "8"]
+    assert main(["sparsify", str(base), str(out), "--sparsity", "0.6", "--criterion", "norm+compensate", *text]) == 0
+    return out
+
+
+def test_a_criterion_stays_what_it_is(fitted, tmp_path, ids):
+    log = finetune(fitted, tmp_path / "out", sparsity=None, steps=2)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (fitted, tmp_path / "out"))
+    configs = [model.config.quantization_config for model in (before, after)]
+    assert configs[0].vectors_sha256 == configs[1].vectors_sha256 is not None
+    assert configs[1].criterion["name"] == "norm+compensate"
+    assert not torch.equal(logits(before, ids), logits(after, ids))
+    assert log["evaluations"][0]["sparsity"]["gate"] == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_killed_run_of_a_criterion_goes_on_with_its_vectors(fitted, tmp_path):
+    model = load_model(str(fitted))
+    history = [{"step": 0, "thresholds": model.config.quantization_config.to_dict()}]
+    found = resumed_config(history, load_model(str(fitted)))
+    assert found.vectors_sha256 == model.config.quantization_config.vectors_sha256
+    model.config.quantization_config = None
+    with pytest.raises(CatsError, match="other thresholds than when the run was begun"):
+        resumed_config(history, model)
+
+
+def test_thresholds_of_a_criterion_are_not_refreshed(fitted, tmp_path, capsys):
+    line = words(fitted, tmp_path / "out", sparsity=None, steps=2, refresh_thresholds=1)
+    assert "criterion norm+compensate cannot be refreshed" in failure(capsys, *line)
 
 
 def test_thresholds_may_come_from_a_profile(base, tmp_path):

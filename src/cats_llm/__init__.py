@@ -5,6 +5,8 @@ checkpoints as what they are.
 """
 
 from cats_llm.calibration.calibrate import calibrate
+from cats_llm.calibration.criterion import Criterion
+from cats_llm.calibration.fit import fit
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
@@ -22,6 +24,7 @@ __all__ = [
     "CatsConfig",
     "CatsError",
     "Coverage",
+    "Criterion",
     "LayerVectors",
     "Profile",
     "SparseMLP",
@@ -29,6 +32,7 @@ __all__ = [
     "dense_function",
     "densify",
     "find_gated_mlps",
+    "fit",
     "graph_decode",
     "sparse_mlps",
     "sparsify",

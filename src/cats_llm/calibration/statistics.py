@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationText, rows_of, run_decoder, sum_over_processes
@@ -116,6 +115,8 @@ def down_weight(mlp: GatedMLP) -> Tensor:
     Raises:
         CatsError: each process has only a part of it.
     """
+    from accelerate.utils import align_module_device  # imports much
+
     with align_module_device(mlp.down_linear):
         weight = mlp.down_linear.weight.detach()
     if hasattr(weight, "to_local"):

@@ -222,7 +222,7 @@ def command(
         loaded = load(str(arguments.device))
         config = None
         if method == "cats":
-            before = run.resumed_config(resumed[1]) if resumed is not None else None
+            before = run.resumed_config(resumed[1], loaded) if resumed is not None else None
             config = before or prepare.choose_thresholds(loaded, examples, sparsity, given, settings.micro_batch)
         run.apply_method(loaded, method, config)
         log = run.train(

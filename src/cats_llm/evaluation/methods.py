@@ -187,7 +187,8 @@ class Variant:
             "unit": chosen.unit if config is not None else None,
             "equal_bytes": self.equal_bytes,
             "coverage": (config.coverage if config is not None else Coverage()).to_dict(),
-            "thresholds": _by_name(cats.thresholds) if cats is not None and chosen.takes_sparsity else None,
+            # those of a criterion are of its score, and no measure of activations
+            "thresholds": _by_name(cats.thresholds) if cats and not cats.criterion and chosen.takes_sparsity else None,
             "criterion": (cats.criterion or None) if cats is not None else None,
             "layer_sparsity": _by_name(cats.layer_sparsity) if cats is not None else {},
             "linear_thresholds": _by_name(inputs.thresholds) if inputs is not None else {},

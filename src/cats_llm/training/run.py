@@ -194,10 +194,25 @@ def train(
     }
 
 
-def resumed_config(history: list[dict[str, Any]]) -> CatsConfig | None:
-    """The thresholds that held when a checkpoint was written."""
+def resumed_config(history: list[dict[str, Any]], model: Any) -> CatsConfig | None:
+    """The thresholds that held when a checkpoint was written.
+
+    Args:
+        model: the base model as it is loaded; vectors, which a log has no room for, are its own.
+
+    Raises:
+        CatsError: the run was begun with other vectors than the model has now.
+    """
     found = [entry["thresholds"] for entry in history if "thresholds" in entry]
-    return CatsConfig(**found[-1]) if found else None
+    if not found:
+        return None
+    config = CatsConfig(**found[-1])
+    if config.vectors_are_loaded:
+        return config
+    own = getattr(unwrap(model).config, "quantization_config", None)
+    if not isinstance(own, CatsConfig) or own != config:
+        raise CatsError("the model has other thresholds than when the run was begun; begin again with --force.")
+    return own
 
 
 def final_config(log: dict[str, Any], model: Any) -> CatsConfig | None:
@@ -207,7 +222,7 @@ def final_config(log: dict[str, Any], model: Any) -> CatsConfig | None:
         model: the base model; of a ReLUfied one the sparsity that was measured goes into the config.
     """
     if log["method"] != "relu":
-        return resumed_config(log["thresholds"])
+        return resumed_config(log["thresholds"], model)
     ended = relu_config(model)
     ended.layer_sparsity = log["evaluations"][-1]["layer_sparsity"]
     ended.calibration = {"model": log.get("model"), "data": log["data"]["heldout"], "versions": log["versions"]}

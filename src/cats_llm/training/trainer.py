@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.files import write_json
+from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
 from cats_llm.model.structure import unwrap
 from cats_llm.model.surgery import configure
@@ -134,6 +135,13 @@ class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: CatsTrainer, batches: Sequence[dict[str, Tensor]], every: int) -> None:
         self.trainer, self.batches, self.every = trainer, batches, every
+        base: Any = unwrap(trainer.model)
+        criterion = base.config.quantization_config.criterion
+        if criterion:
+            raise CatsError(
+                f"thresholds of the criterion {criterion.get('name')} cannot be refreshed while training; leave out "
+                "--refresh-thresholds, and fit them again afterwards with cats sparsify."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set and note new thresholds, with what the old ones had come to."""
