@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cats_llm import bundled
+from cats_llm.benchmark import machine
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.distill import Distillation
@@ -169,6 +170,9 @@ def main() -> None:
 
         result = measure(variants)
         result["against_cats"] = [row for k in ks for row in against_cats(measure, variants, k)]
+        result["machine"] = machine.facts()
+        for task in result["tasks"]:
+            task["data"] = Path(task["data"]).name
         write_json(args.out / "criteria.json", result, force=True)
         print(f"measured draw {draw}: {time.perf_counter() - begun:.0f} s", flush=True)
         for row in result["results"]:

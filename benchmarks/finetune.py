@@ -6,9 +6,9 @@ TEXT is a .txt or .txt.xz file, documents separated by a line `<|endoftext|>`. I
 accelerate and peft, nothing built. Everything measured is in OUT/finetune.json after each run, and in OUT/finetune.md;
 a figure is drawn if matplotlib is there.
 
-The learning rate is chosen for each method from the same few, by the perplexity on a validation part of the training
-text after a quarter of the steps. Held-out text is only reported on. Every method also runs a quarter of the steps with
-the paper's rate.
+The learning rate is chosen for each method from the same few, by the perplexity after a quarter of the steps on the
+first of the held-out books; results are reported on the others. No model has seen any of them. Every method also runs a
+quarter of the steps with the paper's rate.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from cats_llm.evaluation.paired import compare
 from cats_llm.evaluation.task import Metric
 from cats_llm.loading import default_device, load_model, load_tokenizer
 from cats_llm.report.training import Point, TrainingRun, curves, read_training
-from cats_llm.text import batched, load_sequences, read_documents, token_sequences
+from cats_llm.text import batched, load_sequences, read_documents, shuffled, token_sequences
 from cats_llm.training.data import Example, collator
 from cats_llm.training.run import Data, apply_method, train
 from cats_llm.training.settings import Settings
@@ -108,33 +109,30 @@ def pieces(document: str) -> Iterator[str]:
 
 
 class Texts:
-    """Sequences for training, validation and reporting, which share no document."""
+    """Sequences for training, for choosing a rate, and for reporting, which share no document."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: Any) -> None:
-        heldout = str(bundled.heldout_text())
-        known = word_runs(" ".join(read_documents(heldout)))
-        parts: dict[bool, list[str]] = {True: [], False: []}
+        books = list(read_documents(str(bundled.heldout_text())))
+        known = word_runs(" ".join(books))
+        training: list[str] = []
         self.left_out = self.documents = 0
-        for i, document in enumerate(documents(args.data)):
+        for document in documents(args.data):
             if known & word_runs(document):
                 self.left_out += 1
                 continue
             self.documents += 1
-            parts[i % 10 == 9] += pieces(document)
-        if not (parts[True] and parts[False]):
-            raise CatsError("the training texts hold fewer than ten documents; give more of them.")
-        rng = random.Random(args.seed)
-        for part in parts.values():
-            rng.shuffle(part)
+            training += pieces(document)
+        random.Random(args.seed).shuffle(training)
         length, needed = args.seq_length, args.steps * args.batch_size
 
-        def sequences(source: Iterator[torch.Tensor], count: int) -> list[Example]:
-            found = [ids for _, ids in zip(range(count), source, strict=False)]
+        def sequences(texts: list[str], count: int, seed: int | None = None) -> list[Example]:
+            cut: Iterable[torch.Tensor] = token_sequences(texts, tokenizer, length)
+            found = islice(cut if seed is None else shuffled(cut, seed), count)
             return [{"input_ids": ids, "labels": ids} for ids in found]
 
-        self.train = sequences(token_sequences(parts[False], tokenizer, length), needed)
-        self.validation = sequences(token_sequences(parts[True], tokenizer, length), args.heldout_samples)
-        self.final = sequences(load_sequences(heldout, tokenizer, length, seed=args.seed), args.final_samples)
+        self.train = sequences(training, needed)
+        self.validation = sequences(books[:1], args.heldout_samples, args.seed)
+        self.final = sequences(books[1:], args.final_samples, args.seed)
         self.heldout = self.final[: args.heldout_samples]
         if len(self.train) < needed:
             raise CatsError(f"the training texts hold {len(self.train)} sequences of the {needed} that the steps need.")
@@ -200,7 +198,10 @@ class Benchmark:
             seed=args.seed,
             eval_every=(args.eval_every or max(1, args.steps // 8)) if group else steps,
         )
-        record = {"train": "the training texts", "heldout": "bundled heldout.txt" if group else "validation"}
+        record = {
+            "train": "the training texts",
+            "heldout": f"bundled heldout.txt, {'all but the' if group else 'the'} first book",
+        }
         measured = self.texts.heldout if group else self.texts.validation
         with tempfile.TemporaryDirectory() as folder:
             made = arguments(settings, Path(folder), args.device)

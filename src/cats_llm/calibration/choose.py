@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from cats_llm.calibration.batches import Batch, check_batch
 from cats_llm.calibration.calibrate import calibrate, evaluated
 from cats_llm.calibration.criterion import CANDIDATES, Criterion
 from cats_llm.calibration.fit import fit
-from cats_llm.calibration.predictions import log_perplexity, logits_of, mean_divergence
+from cats_llm.calibration.predictions import log_perplexity, mean_divergence
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
@@ -91,13 +90,11 @@ def choose_criterion(
     measured, configs = {}, {}
     with restored(model), evaluated(model):
         inputs = [check_batch(batch)[0] for batch in held_back]
-        with torch.no_grad(), dense_function(model):
-            expected = [logits_of(model, batch) for batch in inputs]
         for criterion in candidates:
             name = str(criterion)
             configs[name] = configure(model, fitted_to, sparsity, criterion, notify=_inside(notify, name), **settings)
             sparsify(model, configs[name])
-            measured[name] = mean_divergence(model, inputs, expected)
+            measured[name] = mean_divergence(model, inputs)
             densify(model)
     best = min(measured, key=lambda name: measured[name])
     return Choice(configs[best], measured)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_llm.calibration.batches import run_decoder, sum_over_processes
+from cats_llm.model.surgery import dense_function
 
 # rows at a time: vocabularies are large, and logarithms are taken in float32
 _ROWS = 1024
@@ -44,11 +45,24 @@ def log_perplexity(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) ->
 
 
 @torch.no_grad()
-def mean_divergence(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Tensor]) -> float:
-    """KL(expected || model) a token, over processes."""
+def mean_divergence(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], expected: Sequence[Tensor] | None = None
+) -> float:
+    """KL(dense || model) a token, over processes.
+
+    Args:
+        model: sparse.
+        batches: what to predict.
+        expected: the dense model's logits of each batch; None computes them, one batch at a time.
+    """
     sums = torch.zeros(2, dtype=torch.float64)
-    for inputs, logits in zip(batches, expected, strict=True):
-        sums[0] += divergence(logits_of(model, inputs), logits, inputs).cpu()
+    for i, inputs in enumerate(batches):
+        if expected is None:
+            with dense_function(model):
+                dense = logits_of(model, inputs)
+        else:
+            dense = expected[i]
+        sums[0] += divergence(logits_of(model, inputs), dense, inputs).cpu()
         sums[1] += int(counted_tokens(inputs).sum())
     sum_over_processes([sums])
     return float(sums[0] / sums[1])

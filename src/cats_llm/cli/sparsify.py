@@ -99,7 +99,11 @@ def command(
     if json is not None:
         facts = {"out": str(out), "config": config.to_dict(), "sparsity": vars(achieved)}
         write_json(json, facts | ({"measured": choice.measured} if choice is not None else {}), force)
+    shares = config.layer_sparsity.values()
+    layers = (
+        f"; layers from {percent(min(shares))} to {percent(max(shares))}" if max(shares) - min(shares) > 0.01 else ""
+    )
     show(
         f"{out}: {percent(achieved.gate)} gate sparsity on the calibration tokens ({percent(achieved.ffn)} of MLP and "
-        f"{percent(achieved.model)} of all linear weights)"
+        f"{percent(achieved.model)} of all linear weights{layers})"
     )
