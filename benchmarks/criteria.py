@@ -35,7 +35,7 @@ from cats_llm.evaluation.run import run_evaluation
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.text import batched, load_sequences
 
-# what every draw of calibration text is used for, and what only the first one is
+# what every draw of calibration text is used for, and what only draw 0 is
 ALWAYS = (
     "cats",
     "moment+compensate+sequential",
@@ -43,7 +43,7 @@ ALWAYS = (
     "moment+sequential+allocate+distill",
 )
 ONCE = ("chess", "norm", "moment", "cats+compensate", "cats+compensate+sequential", "norm+compensate+sequential")
-RIVALS = ("teal", "teal-greedy", "wina")
+RIVALS = ("relu", "teal", "teal-greedy", "wina")
 
 
 def arguments() -> argparse.Namespace:
@@ -52,13 +52,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(bundled.model_path()), help="default: the bundled one")
     parser.add_argument("--calibration", required=True, help="text that sequences are drawn from")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="default: the held-out books")
-    parser.add_argument("--tasks", default="", help="of lm-eval, separated by commas; on the first draw's configs")
+    parser.add_argument("--tasks", default="", help="of lm-eval, separated by commas")
     parser.add_argument("--data-dir", type=Path, help="the tasks' data")
     parser.add_argument("--limit", type=int, help="at most so many documents a task")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sparsity", default="0.5,0.7,0.9")
-    parser.add_argument("--draws", type=int, default=3, help="of calibration text")
+    parser.add_argument("--draws", default="0,1,2", help="of calibration text: their seeds")
     parser.add_argument("--samples", type=int, default=256, help="sequences a draw")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a batch of calibration")
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help="of each text; default: all")
     parser.add_argument("--distill-steps", type=int, default=Distillation().steps)
     parser.add_argument("--criteria", help="only these, separated by commas")
-    parser.add_argument("--no-rivals", action="store_true", help="leave out TEAL and WINA")
+    parser.add_argument("--no-rivals", action="store_true", help="leave out ReLUfication, TEAL and WINA")
     return parser.parse_args()
 
 
@@ -109,10 +109,11 @@ class Fits:
 
 
 def against_cats(
-    measure: Callable[[list[Variant]], dict[str, Any]], variants: list[Variant], k: float
+    measure: Callable[[list[Variant]], dict[str, Any]], variants: list[Variant], k: float, draw: int
 ) -> list[dict[str, Any]]:
-    """Paired differences to plain CATS at the same sparsity, from what is measured already."""
-    same = [v for v in variants if v.name.removesuffix(" (equal bytes)").endswith(f" k={k:g}")]  # of the first draw
+    """Paired differences to plain CATS at the same sparsity and draw, from what is measured already."""
+    ending = f" k={k:g}{_of(draw)}"
+    same = [v for v in variants if v.name.removesuffix(" (equal bytes)").endswith(ending)]
     plain = next((v for v in same if v.method == "cats"), None)
     if plain is None:
         return []
@@ -120,7 +121,11 @@ def against_cats(
     # differences are taken to the variant of this name
     result = measure([replace(plain, name="dense"), *others])
     keys = ("variant", "task", "metric", "value", "n", "difference")
-    return [{"k": k} | {key: row[key] for key in keys} for row in result["results"] if row["difference"]]
+    return [{"k": k, "draw": draw} | {key: row[key] for key in keys} for row in result["results"] if row["difference"]]
+
+
+def _of(draw: int) -> str:
+    return "" if draw == 0 else f", draw {draw}"
 
 
 def main() -> None:
@@ -144,11 +149,11 @@ def main() -> None:
         tasks += found
     ks = [float(k) for k in args.sparsity.split(",")]
     variants = [Variant("dense")]
-    for draw in range(args.draws):
-        suffix = "" if draw == 0 else f", draw {draw}"
+    draws = [int(draw) for draw in args.draws.split(",")]
+    for place, draw in enumerate(draws):
         names = ALWAYS if draw else (*ALWAYS[:1], *ONCE, *ALWAYS[1:])
         for name in args.criteria.split(",") if args.criteria else names:
-            variants += [Variant(f"{name} k={k:g}{suffix}", name, fits.config(name, k, draw)) for k in ks]
+            variants += [Variant(f"{name} k={k:g}{_of(draw)}", name, fits.config(name, k, draw)) for k in ks]
         if draw == 0 and not args.no_rivals:
             rivals = make_variants(model, RIVALS, ks, batches=fits.batches(0), equal_bytes=True)
             variants += [v for v in rivals if v.name != "dense"]
@@ -169,7 +174,8 @@ def main() -> None:
             )
 
         result = measure(variants)
-        result["against_cats"] = [row for k in ks for row in against_cats(measure, variants, k)]
+        measured = draws[: place + 1]
+        result["against_cats"] = [row for d in measured for k in ks for row in against_cats(measure, variants, k, d)]
         result["machine"] = machine.facts()
         for task in result["tasks"]:
             task["data"] = Path(task["data"]).name

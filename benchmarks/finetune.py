@@ -63,12 +63,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="training texts, .txt or .txt.xz")
     parser.add_argument("--model", default=str(bundled.model_path()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
-    parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--micro-batch", type=int, help="default: the batch")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--eval-every", type=int, help="default: an eighth of the steps")
-    parser.add_argument("--heldout-samples", type=int, default=64, help="sequences measured at intervals")
+    parser.add_argument("--heldout-samples", type=int, default=48, help="sequences measured at intervals")
     parser.add_argument("--final-samples", type=int, default=192, help="sequences measured at the end, for the tests")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="learning rates to try"
