@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help="of each text; default: all")
     parser.add_argument("--distill-steps", type=int, default=Distillation().steps)
     parser.add_argument("--criteria", help="only these, separated by commas")
-    parser.add_argument("--no-rivals", action="store_true", help="leave out ReLUfication, TEAL and WINA")
+    parser.add_argument("--rivals", default=",".join(RIVALS), help="other methods to measure; '' for none")
     return parser.parse_args()
 
 
@@ -154,8 +154,8 @@ def main() -> None:
         names = ALWAYS if draw else (*ALWAYS[:1], *ONCE, *ALWAYS[1:])
         for name in args.criteria.split(",") if args.criteria else names:
             variants += [Variant(f"{name} k={k:g}{_of(draw)}", name, fits.config(name, k, draw)) for k in ks]
-        if draw == 0 and not args.no_rivals:
-            rivals = make_variants(model, RIVALS, ks, batches=fits.batches(0), equal_bytes=True)
+        if draw == 0 and args.rivals:
+            rivals = make_variants(model, args.rivals.split(","), ks, batches=fits.batches(0), equal_bytes=True)
             variants += [v for v in rivals if v.name != "dense"]
             print("calibrated the rivals", flush=True)
         begun = time.perf_counter()

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_llm.kernels import cpu, gpu, registry
@@ -84,14 +85,26 @@ class SparseMLP(ExactVectors):
                 k = self.expected_sparsity if x.is_cuda else 0.0  # compiled code depends on it
                 kernel = registry.best(registry.Request(tokens, w_gate, w_up, w_down, self.activation_name, k))
                 if kernel.reads_less:
-                    added = self._added(x)
-                    if added is not None:
-                        biases = (*biases[:-1], added if biases[-1] is None else biases[-1] + added)
+                    biases = (*biases[:-1], self._bias_with(self._added(x)))
                     return kernel.run(x, w_gate, w_up, w_down, threshold, self.activation_name, *biases, sparsity=k)
         gate, up = gate_and_up(self, self.fused, x)
-        y: Tensor = self.down_proj(self._product(gate, up, threshold))
-        added = self._added(y)
-        return y if added is None else y + added
+        return self._down(self._product(gate, up, threshold))
+
+    def _down(self, h: Tensor) -> Tensor:
+        """down_proj of h, (..., f), and the compensation: as its bias, which costs no launch, where it can be."""
+        added = self._added(h)
+        plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(h.device.type)
+        if added is not None and added.dim() == 1 and plain and _is_plain(self.down_proj, h):
+            return F.linear(h, self.down_proj.weight, self._bias_with(added))
+        y: Tensor = self.down_proj(h)
+        return y if added is None else y + added.to(y.device, y.dtype)
+
+    def _bias_with(self, added: Tensor | None) -> Tensor | None:
+        """down_proj's bias and the compensation."""
+        bias: Tensor | None = self.down_proj.bias
+        if bias is None or added is None:
+            return bias if added is None else added
+        return bias + added
 
     def _product(self, gate: Tensor, up: Tensor, threshold: Tensor | None) -> Tensor:
         """The activation of ``gate``, thresholded unless there is no threshold, times ``up``."""
@@ -118,10 +131,10 @@ class SparseMLP(ExactVectors):
             return None
         return value if self.tokens is None else self.tokens.only_sparse(value, x)
 
-    def _added(self, y: Tensor) -> Tensor | None:
-        """The compensation for y, (..., d), in its dtype: (d,), or (..., d) where tokens differ; None for none."""
-        compensation = self._compensation_like(y)
-        return None if compensation is None else self.of_sparse_tokens(compensation, y)
+    def _added(self, x: Tensor) -> Tensor | None:
+        """The compensation for the tokens of x, in its dtype: (d,), or (..., d) where tokens differ; None for none."""
+        compensation = self._compensation_like(x)
+        return None if compensation is None else self.of_sparse_tokens(compensation, x)
 
     def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
         """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""

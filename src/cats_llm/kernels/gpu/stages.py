@@ -254,12 +254,15 @@ def add(
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Last stage: the sum of the partial outputs, always in the same order, rounded once."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < TOKENS * D
+    if HAS_BIAS:
+        # no kernel before this one writes it, so it comes while that one ends
+        added = tl.load(bias + k % D, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     partials = _at(workspace, PARTIALS_AT, tl.float32)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = k < TOKENS * D
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in tl.range(0, PARTS, BLOCK_R, num_stages=STAGES):
         part = start + tl.arange(0, BLOCK_R)
@@ -267,7 +270,7 @@ def add(
         acc += tl.load(partials + part[:, None] * (TOKENS * D) + k[None, :], mask=mask, other=0.0)
     result = tl.sum(acc, axis=0)
     if HAS_BIAS:
-        result += tl.load(bias + k % D, mask=inside, other=0.0).to(tl.float32)
+        result += added
     tl.store(y + k, result.to(y.dtype.element_ty), mask=inside)
 
 
