@@ -63,7 +63,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="training texts, .txt or .txt.xz")
     parser.add_argument("--model", default=str(bundled.model_path()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--micro-batch", type=int, help="default: the batch")
     parser.add_argument("--seq-length", type=int, default=256)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -13,11 +14,12 @@ import yaml
 from test_bench import needs_kernels
 
 from cats_llm import recipes
-from cats_llm.cli import reproduce
+from cats_llm.cli import reproduce, reproduce_finetuning
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.tasks import TASK_SETS
 from cats_llm.recipes import Expected, compare
+from cats_llm.training.yes_no import TASKS
 
 # copied by hand from where they were published, digit by digit
 QUALITY = {"mistral-7b": (0.6994, 0.6890), "llama-2-7b": (0.6589, 0.6433), "llama-2-13b": (0.6870, 0.6805)}
@@ -29,6 +31,12 @@ MLP = {
 GENERATION = {
     "llama-2-7b": ({256: (22.95, 27.67), 2048: (20.15, 23.85)}, 1.18),
     "mistral-7b": ({256: (23.04, 27.89), 2048: (22.12, 26.86)}, 1.21),
+}
+FINETUNING = {
+    "finetune-mistral-7b": None,
+    "finetune-cola-mistral-7b": "cola",
+    "finetune-sst2-mistral-7b": "sst2",
+    "finetune-boolq-mistral-7b": "boolq",
 }
 THRESHOLDS = (
     ".0231 .0311 .0451 .0552 .0712 .0832 .0913 .0993 .1033 .1073 .1113 .1153 .1194 .1234 .1354 .1474 .1635 .1735 .1856 "
@@ -90,9 +98,25 @@ def test_other_published_numbers():
     }
 
 
+@pytest.mark.parametrize("name", FINETUNING)
+def test_fine_tuning_has_the_settings_of_the_paper(name):
+    task = FINETUNING[name]
+    plan = recipes.find(name).plan
+    assert list(plan.runs) == ["dense", "cats k=0.5", "cats k=0.7", "cats k=0.9", "relu"]
+    assert (plan.learning_rate, plan.batch_size, plan.seq_length) == (1e-5, 16, 1024)
+    assert (plan.instructions, plan.epochs) == (task, None if task is None else 1)
+    if task is None:
+        assert (plan.data, plan.text_column, plan.steps) == ("tiiuae/falcon-refinedweb", "content", 1350)
+    # "CATS converges faster and ends better than ReLU", at every sparsity
+    for k in (0.5, 0.7, 0.9):
+        assert numbers(name)[f"cats k={k}: perplexity_over_relu"] == (0, 1)
+        assert numbers(name).get(f"cats k={k}: ahead_of_relu") == (1 if task is None else None)
+
+
 def test_no_recipe_is_untested():
     tested = {f"quality-{m}" for m in QUALITY} | {f"mlp-latency-{m}" for m in MLP}
     tested |= {f"generation-{m}" for m in GENERATION} | {"thresholds-mistral-7b", "generation-mistral-7b-bf16"}
+    tested |= {"finetune-llama-2-7b", *FINETUNING}
     assert set(recipes.names()) == tested
 
 
@@ -109,10 +133,11 @@ def test_recipes_of_the_package_are_right(name):
 
 def test_documents_for_smoke_runs_are_one_of_each_answer():
     folder = recipes.smoke_data()
-    assert {file.stem for file in folder.iterdir()} == set(TASK_SETS["paper8"])
+    trained_on = {f"{task}-{split}" for task in TASKS for split in ("train", "validation")}
+    assert {file.stem for file in folder.iterdir()} == {*TASK_SETS["paper8"], *trained_on}
     for file in folder.iterdir():
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        assert len(rows) == 4
+        assert len(rows) == (12 if file.stem.endswith("-train") else 4)
         keys = ("answerKey", "answer", "label", "correct_answer")
         assert len({str(next(row[key] for key in keys if key in row)) for row in rows}) > 1, file
 
@@ -133,6 +158,11 @@ DECODE = GOOD | {
     "expected": [{"contestant": "k = 0.5", "measure": "tokens_per_second", "value": [1, 2]}],
 }
 del DECODE["evaluation"]
+TUNE = GOOD | {
+    "finetuning": {"data": "text.txt", "methods": ["cats", "relu"], "sparsities": [0.5], "steps": 3},
+    "expected": [{"variant": "cats k=0.5", "measure": "ahead_of_relu", "value": 1}],
+}
+del TUNE["evaluation"]
 
 
 def changed(values, path, to):
@@ -178,7 +208,7 @@ def test_a_recipe_by_path(recipe):
         (GOOD, ["calibration", "samples"], True, "calibration.samples is 'True'"),
         (GOOD, ["calibration"], ["text"], "calibration should be a mapping"),
         (GOOD, ["dtype"], "int8", "dtype is 'int8' and should be one of auto"),
-        (GOOD, ["evaluation"], None, "exactly one of evaluation, thresholds, bench; it has none"),
+        (GOOD, ["evaluation"], None, "exactly one of evaluation, thresholds, bench, finetuning; it has none"),
         (GOOD, ["thresholds"], {"sparsity": 0.5}, "it has evaluation and thresholds"),
         (GOOD, ["evaluation", "tasks"], "piqa", "evaluation.tasks is 'piqa' and should be a list"),
         (GOOD, ["evaluation", "tasks"], ["piqa", "piqa"], "a list of different names"),
@@ -203,6 +233,18 @@ def test_a_recipe_by_path(recipe):
         (DECODE, ["expected", 0, "measure"], "ms", "expected\\[0\\].measure is 'ms'"),
         (DECODE, ["expected", 0, "tokens"], 7, "expected\\[0\\].tokens is 7, which bench.tokens does not have"),
         (DECODE, ["model"], None, "model is missing"),
+        (TUNE, ["finetuning", "data"], None, "finetuning.data or instructions is needed, and not both"),
+        (TUNE, ["finetuning", "instructions"], "cola", "finetuning.data or instructions is needed, and not both"),
+        (TUNE, ["finetuning", "steps"], None, "finetuning.steps or epochs is needed, and not both"),
+        (TUNE, ["finetuning", "learning_rate"], 0, "finetuning.learning_rate is '0' and should be a number above 0"),
+        (
+            TUNE,
+            ["expected", 0, "variant"],
+            "cats k=0.7",
+            "variant is 'cats k=0.7' and should be one of cats k=0.5, relu",
+        ),
+        (TUNE, ["expected", 0, "measure"], "acc", "measure is 'acc' and should be one of perplexity_over_relu"),
+        (TUNE, ["finetuning", "methods"], ["cats"], "compares with relu, which finetuning.methods does not have"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -253,6 +295,21 @@ def test_numbers_that_are_not_measured_are_refused_before_any_work(recipe, capsy
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"methods": ["teal", "relu"]}, "'teal' is no method of training; choose from cats, relu, dense"),
+        ({"data": None, "instructions": "mnli"}, "'mnli' is no task; choose from cola, sst2, boolq"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(recipe, tmp_path, capsys, change, says):
+    plan = {key: value for key, value in (TUNE["finetuning"] | change).items() if value is not None}
+    path = recipe(TUNE | {"finetuning": plan, "expected": []})
+    assert main(["reproduce", path, "--out", str(tmp_path / "out")]) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_smoke_needs_documents(recipe, capsys):
     values = changed(GOOD, ["evaluation", "tasks"], ["coqa", "piqa"])
     assert main(["reproduce", recipe(values), "--smoke"]) == 1
@@ -285,6 +342,17 @@ def test_a_number_over_all_lengths_is_their_geometric_mean():
     items = [Expected(2, "", contestant="k = 0.5", measure="speedup_over_stock", tokens=n) for n in (None, 8, 9)]
     found = compare(items, bench={"benchmark": "decode", "rows": rows})
     assert [item.measured for item in found] == [pytest.approx(2.0), 1.0, 4.0]
+
+
+def test_fine_tuning_is_compared_with_relu_at_the_same_steps():
+    def run(name, *perplexities):
+        entries = [{"step": 5 * i, "perplexity": value} for i, value in enumerate(perplexities)]
+        return {"name": name, "evaluations": entries}
+
+    logs = [run("relu", 20, 15, 12, 10), run("a", 30, 14, 13, 8), run("b", 9, 8, 8, None), run("c", 7)]
+    items = [Expected(1, "", variant=v, measure=m) for v in "abcd" for m in ("perplexity_over_relu", "ahead_of_relu")]
+    found = [item.measured for item in compare(items, training={"runs": logs})]
+    assert found == [0.8, pytest.approx(2 / 3), None, None, None, None, None, None]
 
 
 # from end to end
@@ -334,6 +402,50 @@ def test_smoke_of_quality(name, tmp_path):
     assert "accuracy" in (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", [n for n in recipes.names() if n.startswith("finetune")])
+def test_smoke_of_fine_tuning(name, tmp_path, capsys):
+    out = tmp_path / "out"
+    line = ["reproduce", name, "--smoke", "--out", str(out)]
+    assert main(line) == 0
+    logs = json.loads((out / "training.json").read_text())["runs"]
+    assert [log["name"] for log in logs] == ["dense", "cats k=0.5", "cats k=0.7", "cats k=0.9", "relu"]
+    assert len({json.dumps(log["settings"] | {"method": None}) for log in logs}) == 1
+    assert len({log["data"]["tokens"] for log in logs}) == 1
+    numbers = {n["what"]: n["measured"] for n in json.loads((out / "comparison.json").read_text())["numbers"]}
+    end = {log["name"]: log["evaluations"][-1]["perplexity"] for log in logs}
+    for k in (0.5, 0.7, 0.9):
+        assert numbers[f"cats k={k}: perplexity_over_relu"] == pytest.approx(end[f"cats k={k}"] / end["relu"])
+    assert "held-out perplexity" in (out / "report.html").read_text(encoding="utf-8")
+    # what it leaves are models
+    assert main(["inspect", str(out / "cats-k0.7")]) == 0
+    # a stopped one goes on with what is finished, and changes nothing of it
+    shutil.rmtree(out / "relu")
+    kept = {file: file.read_bytes() for file in out.glob("cats-*/*") if file.is_file()}
+    capsys.readouterr()
+    assert main(line) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*line, "--resume"]) == 0
+    assert "dense:" not in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in kept} == kept
+    again = json.loads((out / "relu" / "finetune.json").read_text())
+    assert again["steps"] == logs[-1]["steps"]
+
+
+def test_resuming_is_of_the_same_fine_tuning(tmp_path, capsys):
+    reproduce_finetuning.begin(tmp_path, recipes.find("finetune-mistral-7b"), resume=False)
+    line = ["reproduce", "finetune-cola-mistral-7b", "--smoke", "--resume", "--out", str(tmp_path)]
+    assert main(line) == 1
+    assert "was begun with another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [["thresholds-mistral-7b", "--resume"], ["finetune-mistral-7b"]])
+def test_fine_tuning_needs_a_place(line, capsys):
+    assert main(["reproduce", *line]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_profile_serves_again(tmp_path, capsys):
     name, out = "thresholds-mistral-7b", tmp_path / "out"
@@ -365,5 +477,5 @@ def test_recipes_are_light():
 
 
 def test_errors_are_for_users():
-    with pytest.raises(CatsError, match="there are generation-llama-2-7b"):
+    with pytest.raises(CatsError, match="there are finetune-boolq-mistral-7b"):
         recipes.find("xyz")

@@ -1,8 +1,10 @@
 """`cats reproduce`: an experiment of the paper, and its numbers beside ours."""
 
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -15,7 +17,7 @@ from cats_llm.benchmark.mlp import bench_mlp
 from cats_llm.benchmark.shapes import parse_shape
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.files import check_output, write_file, write_json
-from cats_llm.cli import calibrate, evaluate, options, report
+from cats_llm.cli import calibrate, evaluate, options, report, reproduce_finetuning
 from cats_llm.cli.output import quiet_libraries, show, table
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.cache import Cache
@@ -25,12 +27,15 @@ from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.kernels import cpu
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.recipes import BenchPlan, Comparison, EvaluationPlan, Recipe, ThresholdPlan
+from cats_llm.recipes import BenchPlan, Comparison, EvaluationPlan, FinetuningPlan, Recipe, ThresholdPlan
 from cats_llm.report import page
 from cats_llm.report.extra import MissingExtraError, require_extra
 
 if TYPE_CHECKING:
     from cats_llm.evaluation.task import Task
+
+
+_PROFILE = "profile.safetensors"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -62,8 +67,15 @@ def command(
     ] = None,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder with the tasks' data, where there is no hub: TASK.jsonl.", show_default=False),
+        typer.Option(
+            help="Folder with the tasks' data, where there is no hub: TASK.jsonl, or to fine-tune on, TASK-train.jsonl "
+            "and TASK-validation.jsonl.",
+            show_default=False,
+        ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Fine-tuning: go on in --out, with what is finished there.")
+    ] = False,
     batch_size: options.BatchSize = 4,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure everything again, and keep nothing.")] = False,
     device: options.Device = None,
@@ -72,37 +84,51 @@ def command(
 ) -> None:
     """Run an experiment of the paper, and print the published numbers beside the measured ones.
 
-    A recipe is calibration and evaluation, or a benchmark, with the settings that were published, and the numbers to
-    expect with their source. Models and data come from the hub; a stopped evaluation goes on where it was.
+    A recipe is calibration and evaluation, a benchmark, or fine-tuning by several methods, with the settings that were
+    published, and the numbers to expect with their source. Models and data come from the hub; a stopped evaluation goes
+    on where it was, stopped fine-tuning with --resume.
 
     Example: **cats reproduce quality-mistral-7b --out mistral**
     """
     if recipe is None:
         _list()
         return
-    for path in (out, json):
-        if path is not None:
-            check_output(path, force)
     chosen = recipes.find(recipe)
+    tuning = isinstance(chosen.plan, FinetuningPlan)
+    if resume and not (tuning and out is not None):
+        raise typer.BadParameter("--resume goes on with a recipe of fine-tuning, in its --out.")
+    if tuning and out is None and not smoke:
+        raise typer.BadParameter(f"{recipe} leaves fine-tuned models; say with --out where.")
+    begun = resume and out is not None and reproduce_finetuning.is_begun(out)
+    for path in (out, json):
+        if path is not None and not (begun and path is out):
+            check_output(path, force)
     check(chosen)
-    run = _Run(
-        _smoked(chosen) if smoke else chosen,
-        profile,
-        recipes.smoke_data() if smoke else data_dir,
-        batch_size,
-        "cpu" if smoke else device,
-        smoke,
-        None if smoke or no_cache else Cache(evaluate.default_cache()),
-        out,
-    )
     if isinstance(chosen.plan, BenchPlan) and not cpu.available():
         raise CatsError("the CPU kernels are not built here; install cats-llm with a C++ compiler at hand.")
     quiet_libraries()
-    if out is not None:
-        if out.exists() and not out.is_dir():
-            raise CatsError(f"{out} is a file; give the name of a folder.")
-        out.mkdir(exist_ok=True)
-    measured = run.measure()
+    ran = _smoked(chosen) if smoke else chosen
+    with ExitStack() as stack:
+        work = out
+        if out is not None:
+            if out.exists() and not out.is_dir():
+                raise CatsError(f"{out} is a file; give the name of a folder.")
+            out.mkdir(exist_ok=True)
+        elif tuning:
+            work = Path(stack.enter_context(TemporaryDirectory()))
+        run = _Run(
+            ran,
+            profile,
+            recipes.smoke_data() if smoke else data_dir,
+            batch_size,
+            "cpu" if smoke else device,
+            smoke,
+            None if smoke or no_cache else Cache(evaluate.default_cache()),
+            work,
+            resume,
+            force or out is None,
+        )
+        measured = run.measure()
     found = recipes.compare(run.recipe.expected, **measured)
     # labels as published, also where a smoke run is shorter
     found = [replace(item, expected=expected) for item, expected in zip(found, chosen.expected, strict=True)]
@@ -128,10 +154,14 @@ class _Run:
     smoke: bool
     cache: Cache | None
     out: Path | None
+    resume: bool
+    force: bool
 
     def measure(self) -> dict[str, Any]:
-        """What `recipes.compare` takes: the result, thresholds or bench."""
+        """What `recipes.compare` takes: the result, thresholds, bench or training."""
         plan = self.recipe.plan
+        if isinstance(plan, FinetuningPlan):
+            return {"training": self._finetune(plan)}
         if isinstance(plan, BenchPlan) and plan.kind == "mlp":
             return {"bench": self._bench_mlp(plan)}
         # before gigabytes of weights are read
@@ -186,8 +216,30 @@ class _Run:
             )
         if self.out is not None:
             # now, and not after hours of evaluation
-            profile.save(self.out / "profile.safetensors", force=True)
+            profile.save(self.out / _PROFILE, force=True)
         return profile
+
+    def _finetune(self, plan: FinetuningPlan) -> dict[str, Any]:
+        assert self.out is not None
+        reproduce_finetuning.begin(self.out, self.recipe, self.resume)
+        profile = self.out / _PROFILE
+        if "cats" in plan.methods and not (self.resume and profile.is_file()):
+            name, revision = str(self.recipe.model), self.recipe.revision
+            find_gated_mlps(load_skeleton(name, revision, False))
+            model = load_model(name, self.recipe.dtype, self.device, revision)
+            self._profile(model, load_tokenizer(name, revision))
+            del model  # before training loads its own
+        return reproduce_finetuning.finetune_all(
+            self.recipe,
+            plan,
+            self.out,
+            profile=profile,
+            data_dir=self.data_dir,
+            micro_batch=min(self.batch_size, plan.batch_size),
+            device=self.device,
+            resume=self.resume,
+            force=self.force,
+        )
 
     def _bench_mlp(self, plan: BenchPlan) -> dict[str, Any]:
         shape = parse_shape("64,96" if self.smoke else str(plan.shape))
@@ -228,6 +280,13 @@ def _smoked(recipe: Recipe) -> Recipe:
         short = {tokens: 3 + i for i, tokens in enumerate(plan.tokens)}
         plan = replace(plan, rounds=1, tokens=tuple(short.values()))
         expected = tuple(replace(e, tokens=e.tokens and short[e.tokens]) for e in expected)
+    if isinstance(plan, FinetuningPlan):
+        text = str(bundled.calibration_text()) if plan.instructions is None else None
+        plan = replace(
+            plan, data=text, text_column="text", dataset_config=None, steps=2, epochs=None, learning_rate=1e-3,
+            seq_length=64, batch_size=4, eval_every=1,
+            heldout_samples=8,
+        )  # fmt: skip
     if calibration is not None:
         calibration = recipes.Calibration(str(bundled.calibration_text()), samples=8, seq_length=128, seed=0)
     model = None if recipe.model is None else str(bundled.model_path())
@@ -249,6 +308,8 @@ def check(recipe: Recipe) -> None:
         CatsError: an unknown method, or an expected number of a variant or task that is not run.
     """
     plan = recipe.plan
+    if isinstance(plan, FinetuningPlan):
+        reproduce_finetuning.check(recipe.name, plan)
     if not isinstance(plan, EvaluationPlan):
         return
     for name in plan.methods:
@@ -294,8 +355,8 @@ def _summary(recipe: Recipe, found: list[Comparison], smoke: bool) -> dict[str, 
 def _write(out: Path, recipe: Recipe, measured: dict[str, Any], summary: dict[str, Any]) -> None:
     """The comparison, the results in full, and a report of them if what draws it is installed."""
     write_json(out / "comparison.json", summary, force=True)
-    files = [out / "profile.safetensors"] if (out / "profile.safetensors").is_file() else []
-    for name in ("result", "bench"):
+    files = [out / _PROFILE] if (out / _PROFILE).is_file() else []
+    for name in ("result", "bench", "training"):
         if name in measured:
             write_json(out / f"{name}.json", measured[name], force=True)
             files.append(out / f"{name}.json")

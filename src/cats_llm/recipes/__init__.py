@@ -2,7 +2,15 @@
 
 from cats_llm.recipes.compare import Comparison, compare
 from cats_llm.recipes.load import find, names, smoke_data
-from cats_llm.recipes.recipe import BenchPlan, Calibration, EvaluationPlan, Expected, Recipe, ThresholdPlan
+from cats_llm.recipes.recipe import (
+    BenchPlan,
+    Calibration,
+    EvaluationPlan,
+    Expected,
+    FinetuningPlan,
+    Recipe,
+    ThresholdPlan,
+)
 
 __all__ = [
     "BenchPlan",
@@ -10,6 +18,7 @@ __all__ = [
     "Comparison",
     "EvaluationPlan",
     "Expected",
+    "FinetuningPlan",
     "Recipe",
     "ThresholdPlan",
     "compare",

@@ -18,6 +18,10 @@ BENCH_MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+TRAINING_MEASURES = ("perplexity_over_relu", "ahead_of_relu")
+"""Of a run of fine-tuning beside ReLU's: its last held-out perplexity as a share of ReLU's, and the share of the
+measurements after the first step at which its perplexity is the lower one."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,6 +47,7 @@ def compare(
     result: Mapping[str, Any] | None = None,
     thresholds: Mapping[int, float] | None = None,
     bench: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> list[Comparison]:
     """Every published number with ours.
 
@@ -51,8 +56,9 @@ def compare(
         result: of `cats eval`.
         thresholds: by layer.
         bench: of `cats bench`.
+        training: logs of `cats finetune`, under ``runs``.
     """
-    return [_compare(item, result, thresholds, bench) for item in expected]
+    return [_compare(item, result, thresholds, bench, training) for item in expected]
 
 
 def _compare(
@@ -60,7 +66,10 @@ def _compare(
     result: Mapping[str, Any] | None,
     thresholds: Mapping[int, float] | None,
     bench: Mapping[str, Any] | None,
+    training: Mapping[str, Any] | None,
 ) -> Comparison:
+    if training is not None:
+        return Comparison(item, _trained(item, training))
     if item.layer is not None:
         return Comparison(item, (thresholds or {}).get(item.layer))
     if item.contestant is not None:
@@ -86,3 +95,19 @@ def _benched(item: Expected, bench: Mapping[str, Any]) -> float | None:
                 value = value[step]
             found.append(float(value))
     return math.exp(sum(math.log(value) for value in found) / len(found)) if found else None
+
+
+def _trained(item: Expected, training: Mapping[str, Any]) -> float | None:
+    """Of the run and ReLU's, both measured at the same steps; None where a perplexity is not finite."""
+    curves = {
+        log["name"]: {entry["step"]: entry["perplexity"] for entry in log["evaluations"]} for log in training["runs"]
+    }
+    ours, relu = curves.get(item.variant), curves.get("relu")
+    if ours is None or relu is None:
+        return None
+    pairs = [(ours[step], relu[step]) for step in sorted(ours.keys() & relu.keys()) if step > 0]
+    if not pairs or any(value is None for pair in pairs for value in pair):
+        return None
+    if item.measure == "perplexity_over_relu":
+        return float(pairs[-1][0] / pairs[-1][1])
+    return float(sum(a < b for a, b in pairs) / len(pairs))

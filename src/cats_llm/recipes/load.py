@@ -10,12 +10,21 @@ import yaml
 
 from cats_llm.checkpoint.config import check_sparsity
 from cats_llm.errors import CatsError
-from cats_llm.recipes.compare import BENCH_MEASURES
-from cats_llm.recipes.recipe import BenchPlan, Calibration, EvaluationPlan, Expected, Recipe, ThresholdPlan
+from cats_llm.recipes.compare import BENCH_MEASURES, TRAINING_MEASURES
+from cats_llm.recipes.recipe import (
+    BenchPlan,
+    Calibration,
+    EvaluationPlan,
+    Expected,
+    FinetuningPlan,
+    Plan,
+    Recipe,
+    ThresholdPlan,
+)
 
 _HERE = Path(__file__).resolve().parent
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_PLANS = ("evaluation", "thresholds", "bench")
+_PLANS = ("evaluation", "thresholds", "bench", "finetuning")
 
 
 def names() -> list[str]:
@@ -193,10 +202,11 @@ def _recipe(top: _Section, name: str) -> Recipe:
         )
     section = sections[chosen[0]]
     assert section is not None
-    readers: dict[str, Callable[[_Section], EvaluationPlan | ThresholdPlan | BenchPlan]] = {
+    readers: dict[str, Callable[[_Section], Plan]] = {
         "evaluation": _evaluation,
         "thresholds": _thresholds,
         "bench": _bench,
+        "finetuning": _finetuning,
     }
     plan = readers[chosen[0]](section)
     section.end()
@@ -270,7 +280,38 @@ def _bench(section: _Section) -> BenchPlan:
     )
 
 
-def _expected(item: _Section, plan: EvaluationPlan | ThresholdPlan | BenchPlan, source: str | None) -> Expected:
+def _positive(value: Any) -> float:
+    number = _number(value)
+    if number <= 0:
+        raise ValueError
+    return number
+
+
+def _finetuning(section: _Section) -> FinetuningPlan:
+    plan = FinetuningPlan(
+        methods=section.take("methods", _several(_text), "a list of different names"),
+        sparsities=section.take("sparsities", _several(_sparsity), _SPARSITIES),
+        data=section.take("data", _text, "a file, folder or dataset", None),
+        text_column=section.take("text_column", _text, "text", "text"),
+        dataset_config=section.take("dataset_config", _text, "text", None),
+        split=section.take("split", _text, "text", "train"),
+        instructions=section.take("instructions", _text, "the name of a task", None),
+        steps=section.take("steps", _whole(1), "a whole number", None),
+        epochs=section.take("epochs", _positive, "a number above 0", None),
+        learning_rate=section.take("learning_rate", _positive, "a number above 0", 1e-5),
+        seq_length=section.take("seq_length", _whole(2), "a whole number of tokens, 2 or more", 1024),
+        batch_size=section.take("batch_size", _whole(1), "a whole number of examples", 16),
+        heldout_samples=section.take("heldout_samples", _whole(1), "a whole number of examples", 32),
+        eval_every=section.take("eval_every", _whole(1), "a whole number of steps", 50),
+        seed=section.take("seed", _whole(0), "a whole number", 0),
+    )
+    for one, other in (("data", "instructions"), ("steps", "epochs")):
+        if (getattr(plan, one) is None) == (getattr(plan, other) is None):
+            raise section.wrong(one, f"or {other} is needed, and not both")
+    return plan
+
+
+def _expected(item: _Section, plan: Plan, source: str | None) -> Expected:
     value = item.take("value", _value, "a number, or a list of the lowest and the highest")
     own = item.take("source", _text, "text", source)
     if own is None:
@@ -283,6 +324,15 @@ def _expected(item: _Section, plan: EvaluationPlan | ThresholdPlan | BenchPlan, 
             task=item.take("task", _text, "a task or set of tasks"),
             metric=item.take("metric", _text, "a metric, or gate_, ffn_ or model_sparsity"),
         )
+    elif isinstance(plan, FinetuningPlan):
+        made = Expected(
+            value,
+            own,
+            variant=item.take("variant", _one_of(*plan.runs), f"one of {', '.join(plan.runs)}"),
+            measure=item.take("measure", _one_of(*TRAINING_MEASURES), f"one of {', '.join(TRAINING_MEASURES)}"),
+        )
+        if "relu" not in plan.runs:
+            raise item.wrong("measure", "compares with relu, which finetuning.methods does not have")
     elif isinstance(plan, ThresholdPlan):
         made = Expected(value, own, layer=item.take("layer", _whole(0), "the index of a layer"))
     else:

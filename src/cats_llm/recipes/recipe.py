@@ -53,6 +53,47 @@ class BenchPlan:
 
 
 @dataclass(frozen=True)
+class FinetuningPlan:
+    """Runs of `cats finetune` that differ in nothing but the method and its sparsity; as its options.
+
+    Attributes:
+        data: a text; None where ``instructions`` says what is trained on.
+        instructions: name of a task with the answers yes and no: trained on its train split, measured on validation.
+        steps, epochs: one of them.
+    """
+
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    data: str | None = None
+    text_column: str = "text"
+    dataset_config: str | None = None
+    split: str = "train"
+    instructions: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    learning_rate: float = 1e-5
+    seq_length: int = 1024
+    batch_size: int = 16
+    heldout_samples: int = 32
+    eval_every: int = 50
+    seed: int = 0
+
+    @property
+    def runs(self) -> dict[str, tuple[str, float | None]]:
+        """Method and sparsity of every run, by the name that its log gives it."""
+        found: dict[str, tuple[str, float | None]] = {}
+        for method in self.methods:
+            if method == "cats":
+                found |= {f"cats k={k:g}": ("cats", k) for k in self.sparsities}
+            else:
+                found[method] = (method, None)
+        return found
+
+
+Plan = EvaluationPlan | ThresholdPlan | BenchPlan | FinetuningPlan
+
+
+@dataclass(frozen=True)
 class Expected:
     """A published number and what it is of.
 
@@ -64,6 +105,7 @@ class Expected:
         layer: of a threshold.
         contestant, measure, tokens: of a number of a benchmark. A number without tokens, where several are measured,
             is the geometric mean over them.
+        variant, measure: of a number of fine-tuning (`cats_llm.recipes.compare.TRAINING_MEASURES`).
     """
 
     value: float | tuple[float, float]
@@ -84,6 +126,8 @@ class Expected:
         if self.contestant is not None:
             length = f", {self.tokens} tokens" if self.tokens is not None else ""
             return f"{self.contestant}{length}: {self.measure}"
+        if self.measure is not None:
+            return f"{self.variant}: {self.measure}"
         return f"{self.variant}, {self.task}: {self.metric}"
 
 
@@ -105,7 +149,7 @@ class Recipe:
     name: str
     title: str
     about: str
-    plan: EvaluationPlan | ThresholdPlan | BenchPlan
+    plan: Plan
     model: str | None = None
     revision: str | None = None
     dtype: str = "auto"
