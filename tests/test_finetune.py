@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -387,8 +388,8 @@ def test_tensorboard(base, tmp_path):
 # interruptions and processes
 
 
-def run(line, **kwargs):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(line, variables=None, **kwargs):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
     return subprocess.Popen([sys.executable, "-m", *line], env=environment, **kwargs)
 
 
@@ -462,6 +463,43 @@ def test_sharded_over_processes_the_step_is_the_same(base):
     assert found["error"] < 1e-4
     assert found["gradients"] == 2 * 2 * 5
     assert found["sharded"] > found["gradients"], "nothing was sharded"
+
+
+@pytest.mark.slow
+def test_training_sharded_by_fsdp_is_the_same(base, tmp_path):
+    settings = {"sparsity": 0.7, "steps": 4, "batch_size": 4, "lora_dropout": 0.0, "samples": 40, "save_every": 2}
+    one = finetune(base, tmp_path / "one", **settings, micro_batch=4)
+    script = str(Path(__file__).parent / "fsdp_train.py")
+    line = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    process = run(
+        [*line, *words(base, tmp_path / "two", **settings, micro_batch=2)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        variables={
+            "ACCELERATE_USE_CPU": "true",
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        },
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    sharded = int(re.search(r"sharded parameters: ([0-9]+)", output.decode())[1])
+    assert sharded > 2 * 5 * 2, "nothing but adapters was sharded"
+    two = json.loads((tmp_path / "two" / "finetune.json").read_text(encoding="utf-8"))
+    assert two["processes"] == 2
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    for a, b in zip(one["evaluations"], two["evaluations"], strict=True):
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-4)
+        assert a["sparsity"]["gate"] == pytest.approx(b["sparsity"]["gate"], abs=1e-3)
+    ours, theirs = (dict(load_model(str(tmp_path / n), device="cpu").named_parameters()) for n in ("one", "two"))
+    before = dict(load_model(str(base), device="cpu").named_parameters())
+    moved = [name for name in ours if not torch.equal(ours[name], before[name])]
+    assert len(moved) == 2 * 5
+    for name in moved:
+        # Adam divides small gradients by small ones, which rounding changes
+        assert (ours[name] - theirs[name]).norm() < 0.02 * (ours[name] - before[name]).norm(), name
 
 
 # errors
