@@ -43,7 +43,7 @@ from cats_llm.report.training import Point, TrainingRun, curves, read_training
 from cats_llm.text import batched, load_sequences, read_documents, shuffled, token_sequences
 from cats_llm.training.data import Example, collator
 from cats_llm.training.run import Data, apply_method, train
-from cats_llm.training.settings import Settings
+from cats_llm.training.settings import RUNS_FORMAT, RUNS_VERSION, Settings
 from cats_llm.training.trainer import arguments
 
 VARIANTS: tuple[tuple[str, float | None], ...] = (
@@ -167,8 +167,8 @@ class Benchmark:
         self.profile = Profile(profile.layers, profile.record | {"model": Path(args.model).name})
         self.scores: dict[tuple[str, str], list[float]] = {}
         self.results: dict[str, Any] = {
-            "format": "cats-finetune-runs",
-            "version": 1,
+            "format": RUNS_FORMAT,
+            "version": RUNS_VERSION,
             "model": Path(args.model).name,
             "command": shlex.join(["python", *(Path(a).name if Path(a).exists() else a for a in sys.argv)]),
             "machine": machine.facts(),

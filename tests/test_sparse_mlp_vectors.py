@@ -83,6 +83,25 @@ def test_equals_the_formula(dtype, bias, fused, parts, tokens):
     check(model(x), gated_mlp(model[0], x, threshold, compensation))
 
 
+@torch.no_grad()
+def test_what_is_attached_to_down_proj_is_called(monkeypatch):
+    """The compensation is added as its bias only where nothing else happens there."""
+    model, threshold, compensation = build(bias=True)
+    x = clear_of(model, torch.randn(90, D), threshold)[:40]
+    expected = gated_mlp(model[0], x, threshold, compensation)
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(model[0].down_proj, "forward", lambda h: seen.append(h) or nn.functional.linear(h, weight, bias))
+        weight, bias = model[0].down_proj.weight, model[0].down_proj.bias
+        check(model(x), expected)
+    handle = model[0].down_proj.register_forward_hook(lambda module, inputs, y: seen.append(y) or 2 * y)
+    check(model(x), 2 * (expected - compensation.double()) + compensation.double())
+    assert len(seen) == 2
+    handle.remove()
+    check(model(x), expected)
+    assert len(seen) == 2
+
+
 KERNELS = {
     "C++": pytest.param(
         cpu.gated_mlp, marks=pytest.mark.skipif(not cpu.available(), reason="the kernels are not built")

@@ -12,10 +12,9 @@ from cats_llm.cli import finetune
 from cats_llm.cli.output import show
 from cats_llm.errors import CatsError
 from cats_llm.recipes import FinetuningPlan, Recipe
-from cats_llm.training.settings import METHODS
+from cats_llm.training.settings import METHODS, RUNS_FORMAT, RUNS_VERSION
 from cats_llm.training.yes_no import TASKS, write_instructions
 
-LOGS_FORMAT = "cats-finetune-runs"
 _RECIPE_FILE = "recipe.json"
 
 
@@ -113,7 +112,7 @@ def finetune_all(
             gc.collect()  # models have cycles, and the next one needs the memory
         logs.append(json.loads((folder / "finetune.json").read_text(encoding="utf-8")))
     command = " ".join(["cats", *sys.argv[1:]])
-    return {"format": LOGS_FORMAT, "version": 1, "model": recipe.model, "command": command, "runs": logs}
+    return {"format": RUNS_FORMAT, "version": RUNS_VERSION, "model": recipe.model, "command": command, "runs": logs}
 
 
 def _instructions(task: str, split: str, out: Path, data_dir: Path | None, resume: bool) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 from cats_llm.errors import CatsError
 
 METHODS = ("cats", "relu", "dense")
+RUNS_FORMAT, RUNS_VERSION = "cats-finetune-runs", 1
+"""Of a file with the logs of several runs, under ``runs``."""
 SCHEDULES = ("constant", "linear", "cosine")
 
 
