@@ -99,7 +99,9 @@ class Fits:
         else:
             distillation = Distillation(self.args.distill_steps)
             config = fit(self.model, self.batches(draw), k, criterion, data=data, distillation=distillation)
-        config.calibration = config.calibration | {"seconds": round(time.perf_counter() - begun, 1)}
+        # results are for others: no path of this machine
+        facts = {"model": Path(self.args.model).name, "seconds": round(time.perf_counter() - begun, 1)}
+        config.calibration = config.calibration | facts
         folder.mkdir(parents=True)
         write_json(folder / "config.json", config.to_dict())
         if config.vectors is not None:
