@@ -235,10 +235,11 @@ class _Run:
             self.out,
             profile=profile,
             data_dir=self.data_dir,
-            micro_batch=min(self.batch_size, plan.batch_size),
+            micro_batch=self.batch_size,
             device=self.device,
             resume=self.resume,
             force=self.force,
+            command=_command(),
         )
 
     def _bench_mlp(self, plan: BenchPlan) -> dict[str, Any]:
@@ -284,8 +285,7 @@ def _smoked(recipe: Recipe) -> Recipe:
         text = str(bundled.calibration_text()) if plan.instructions is None else None
         plan = replace(
             plan, data=text, text_column="text", dataset_config=None, steps=2, epochs=None, learning_rate=1e-3,
-            seq_length=64, batch_size=4, eval_every=1,
-            heldout_samples=8,
+            seq_length=64, batch_size=4, eval_every=1, heldout_samples=8,
         )  # fmt: skip
     if calibration is not None:
         calibration = recipes.Calibration(str(bundled.calibration_text()), samples=8, seq_length=128, seed=0)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from cats_llm.cli.output import show
 from cats_llm.errors import CatsError
 from cats_llm.recipes import FinetuningPlan, Recipe
 from cats_llm.training.settings import METHODS, RUNS_FORMAT, RUNS_VERSION
+from cats_llm.training.write import LOG
 from cats_llm.training.yes_no import TASKS, write_instructions
 
 _RECIPE_FILE = "recipe.json"
@@ -63,12 +63,14 @@ def finetune_all(
     device: str | None,
     resume: bool,
     force: bool,
+    command: str,
 ) -> dict[str, Any]:
     """Every run of the plan; each leaves its model in a folder of ``out``, and is not repeated when resumed.
 
     Args:
         profile: thresholds of the base model.
         data_dir: folder with TASK-train.jsonl and TASK-validation.jsonl in the hub's columns, in place of the hub.
+        command: for the record.
 
     Returns:
         The logs of all runs, as `cats report` reads them.
@@ -81,7 +83,7 @@ def finetune_all(
     logs = []
     for name, (method, sparsity) in plan.runs.items():
         folder = out / name.replace(" ", "-").replace("=", "")
-        if not (resume and (folder / "finetune.json").is_file()):
+        if not (resume and (folder / LOG).is_file()):
             show(f"{name}:")
             finetune.command(
                 model=str(recipe.model),
@@ -110,8 +112,7 @@ def finetune_all(
                 force=force,
             )
             gc.collect()  # models have cycles, and the next one needs the memory
-        logs.append(json.loads((folder / "finetune.json").read_text(encoding="utf-8")))
-    command = " ".join(["cats", *sys.argv[1:]])
+        logs.append(json.loads((folder / LOG).read_text(encoding="utf-8")))
     return {"format": RUNS_FORMAT, "version": RUNS_VERSION, "model": recipe.model, "command": command, "runs": logs}
 
 
