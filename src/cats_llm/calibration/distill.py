@@ -149,7 +149,7 @@ def _added(modules: Mapping[int, SparseMLP], sizes: Mapping[int, Tensor]) -> Ite
     with ExitStack() as stack:
         for layer, module in modules.items():
             device = module.threshold.device
-            d = module.down_proj.weight.shape[0]
+            d = module.down_linear.weight.shape[0]
             moves[layer] = torch.zeros(d, dtype=torch.float32, device=device, requires_grad=True)
 
             def hook(module: Any, _inputs: Any, y: Tensor, layer: int = layer) -> Tensor | None:

@@ -22,7 +22,7 @@ from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.coverage import set_coverage
-from cats_llm.model.structure import GatedMLP, gate_and_up
+from cats_llm.model.structure import GatedMLP
 from cats_llm.model.surgery import restored, sparse_for_calibration, sparse_module
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -178,7 +178,7 @@ class _LayerFitter:
         same = bool((weights == 1).all())
         histogram = GateHistogram(weights.device)
         for x in self.rows:
-            gate, _ = gate_and_up(self.mlp.module, self.mlp.fused, x)
+            gate, _ = self.mlp.gate_and_up(x)
             histogram.add(gate if same else gate_activation(gate, self.mlp.activation).abs() * weights)
         sum_over_processes(histogram.tensors())
         histogram.check(self.mlp.layer)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cats_llm.calibration.batches import CalibrationText, rows_of, run_decoder, sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.kernels.definition import gate_activation
-from cats_llm.model.structure import GatedMLP, gate_and_up
+from cats_llm.model.structure import GatedMLP
 
 # A bin is a range of |a| with the same exponent and first 3 bits of the mantissa: 8 an octave.
 _MANTISSA_BITS = 3
@@ -105,7 +105,7 @@ def _bins(a: Tensor) -> Tensor:
 
 def hidden_parts(mlp: GatedMLP, x: Tensor) -> tuple[Tensor, Tensor]:
     """a, in float32 or wider, and u, of inputs (n, d): both (n, f)."""
-    gate, up = gate_and_up(mlp.module, mlp.fused, x)
+    gate, up = mlp.gate_and_up(x)
     return gate_activation(gate, mlp.activation), up
 
 

@@ -52,10 +52,7 @@ def decoder_linears(model: nn.Module) -> dict[int, dict[str, nn.Linear]]:
     base = unwrap(model)
     found = {}
     for mlp in find_gated_mlps(base):
-        parts = mlp.name.split(".")
-        last = max(i for i, part in enumerate(parts) if part.isdigit())
-        path = ".".join(parts[: last + 1])
-        modules = base.get_submodule(path).named_modules(prefix=path)
+        modules = base.get_submodule(mlp.layer_path).named_modules(prefix=mlp.layer_path)
         found[mlp.layer] = {name: module for name, module in modules if isinstance(module, nn.Linear)}
     return found
 

@@ -1,14 +1,14 @@
 """The module that takes the place of a gated MLP."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cats_llm.kernels import cpu, gpu, registry
-from cats_llm.kernels.definition import cats_activation
-from cats_llm.model.structure import GatedMLP, activation_name, gate_and_up
+from cats_llm.kernels.definition import Activation, cats_activation
+from cats_llm.model.structure import GatedMLP, activation_name
 from cats_llm.model.vectors import ExactVectors
 
 if TYPE_CHECKING:
@@ -33,44 +33,43 @@ class SparseMLP(ExactVectors):
 
     Attributes:
         threshold, compensation, score: see `ExactVectors`.
+        layer: index of the decoder layer that owns it.
+        roles: which of its children does what.
         sparse: False runs the dense function, for calibration and comparison.
         expected_sparsity: share of neurons that a token is expected to skip; chooses kernels, not what is computed.
         tokens: knows which tokens of the running call are sparse; None if all are.
     """
 
-    # either gate_proj and up_proj, or gate_up_proj
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    gate_up_proj: nn.Linear
-    down_proj: nn.Linear
-
     def __init__(self, mlp: GatedMLP, threshold: Tensor) -> None:
         super().__init__(threshold)
+        dense = mlp.module
         # not registered: its children are ours, and the state dict must not name them twice
-        self.__dict__["_dense"] = mlp.module
-        # one set of hooks for both: what was attached before stays, what is attached later stays after densify
-        for attribute in _HOOKS:
-            setattr(self, attribute, getattr(mlp.module, attribute))
-        for name, child in mlp.module.named_children():
-            self.add_module(name, child)
-            if child is mlp.activation:
-                self.activation_attribute = name
-        self.fused = mlp.fused
+        self.__dict__["_dense"] = dense
+        # one set of hooks and of children for both: what is attached or replaced, now or later, stays after densify
+        for attribute in (*_HOOKS, "_modules"):
+            setattr(self, attribute, getattr(dense, attribute))
+        self.layer, self.roles = mlp.layer, mlp.roles
+        self.__dict__["_relufied"] = None
         self.activation_name = activation_name(mlp.activation)
         self.sparse = True
         self.expected_sparsity = 0.0
         self.tokens: TokenCoverage | None = None
-        self.train(mlp.module.training)
+        self.train(dense.training)
 
     @property
-    def activation(self) -> nn.Module:
+    def activation(self) -> Activation:
         """The activation function."""
-        return self.get_submodule(self.activation_attribute)
+        relufied: Activation | None = self.__dict__["_relufied"]
+        return relufied or self.roles.activation_of(self)
+
+    @property
+    def down_linear(self) -> nn.Linear:
+        """The projection back to the hidden size."""
+        return self.roles.linear(self, "down")
 
     def use_activation(self, activation: nn.Module | None) -> None:
         """Compute with another activation function (ReLUfication); None takes the dense module's own again."""
-        own: nn.Module = self.__dict__["_dense"].get_submodule(self.activation_attribute)
-        self.set_submodule(self.activation_attribute, activation or own)
+        self.__dict__["_relufied"] = activation
         self.activation_name = activation_name(self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,21 +86,21 @@ class SparseMLP(ExactVectors):
                 if kernel.reads_less:
                     biases = (*biases[:-1], self._bias_with(self._added(x)))
                     return kernel.run(x, w_gate, w_up, w_down, threshold, self.activation_name, *biases, sparsity=k)
-        gate, up = gate_and_up(self, self.fused, x)
+        gate, up = self.roles.gate_and_up(self, x)
         return self._down(self._product(gate, up, threshold))
 
     def _down(self, h: Tensor) -> Tensor:
         """down_proj of h, (..., f), and the compensation: as its bias, which costs no launch, where it can be."""
-        added = self._added(h)
+        added, down = self._added(h), self.down_linear
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(h.device.type)
-        if added is not None and added.dim() == 1 and plain and _is_plain(self.down_proj, h):
-            return F.linear(h, self.down_proj.weight, self._bias_with(added))
-        y: Tensor = self.down_proj(h)
+        if added is not None and added.dim() == 1 and plain and _is_plain(down, h):
+            return F.linear(h, down.weight, self._bias_with(added))
+        y: Tensor = down(h)
         return y if added is None else y + added.to(y.device, y.dtype)
 
     def _bias_with(self, added: Tensor | None) -> Tensor | None:
         """down_proj's bias and the compensation."""
-        bias: Tensor | None = self.down_proj.bias
+        bias: Tensor | None = self.down_linear.bias
         if bias is None or added is None:
             return bias if added is None else added
         return bias + added
@@ -138,15 +137,14 @@ class SparseMLP(ExactVectors):
 
     def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
         """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""
-        linears = [self.gate_up_proj] if self.fused else [self.gate_proj, self.up_proj]
-        linears.append(self.down_proj)
+        linears = [cast("nn.Linear", getattr(self, name)) for name in self.roles.projections]
         if torch.is_autocast_enabled(x.device.type) or not all(_is_plain(linear, x) for linear in linears):
             return None
         weights: list[Tensor] = [linear.weight for linear in linears]
         biases: list[Tensor | None] = [linear.bias for linear in linears]
-        if self.fused:
-            weights[:1] = weights[0].chunk(2)
-            biases[:1] = (None, None) if biases[0] is None else biases[0].chunk(2)
+        if self.roles.fused:
+            weights[:1] = self.roles.halves(weights[0], dim=0)
+            biases[:1] = (None, None) if biases[0] is None else self.roles.halves(biases[0])
         return tuple(weights), tuple(biases)
 
     def store_neuron_major(self, enabled: bool = True) -> None:
@@ -155,9 +153,11 @@ class SparseMLP(ExactVectors):
         Decode kernels need it to skip neurons. There is still one copy, of the same logical shape (d, f) and the same
         bytes on disk. Only plain weights are touched, and only if there is a kernel for their device.
         """
-        weight = self.down_proj.weight
+        weight = self.down_linear.weight
+        if type(self.down_linear) is not nn.Linear or type(weight) is not nn.Parameter:
+            return
         kernels = {"cpu": cpu, "cuda": gpu}.get(weight.device.type)
-        if type(self.down_proj) is not nn.Linear or type(weight) is not nn.Parameter or kernels is None:
+        if kernels is None:
             return
         if not enabled:
             weight.data = weight.data.contiguous()
@@ -168,8 +168,6 @@ class SparseMLP(ExactVectors):
         """The dense module that this one replaced, with the projections as they are now."""
         self.store_neuron_major(False)
         dense: nn.Module = self.__dict__["_dense"]
-        for name, child in self.named_children():
-            setattr(dense, name, child)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
-"""Find the gated MLPs of a language model by their parts, never by the names of model families."""
+"""Find the gated MLPs of a language model by what they compute, never by the names of families or of parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.errors import CatsError
-from cats_llm.kernels.definition import ACTIVATIONS
-
-SPLIT_PARTS = ("gate_proj", "up_proj", "down_proj")
-FUSED_PARTS = ("gate_up_proj", "down_proj")
+from cats_llm.kernels.definition import ACTIVATIONS, Activation
+from cats_llm.model.roles import Mismatch, Roles, fingerprint, find_roles, holds_experts
 
 
 @dataclass(frozen=True)
@@ -20,34 +18,48 @@ class GatedMLP:
     """A module that computes ``down(act(gate(x)) * up(x))``.
 
     Attributes:
-        layer: index of the decoder layer that owns it.
+        layer: index of the decoder layer that owns it; the first, if several layers share it.
         name: path of the module in the model.
-        parent: the module that owns it, under the last part of ``name``.
+        layer_path: path of that decoder layer.
+        parents: the modules that own it, each with the name that it has there.
         module: the module itself, dense or already sparse.
-        fused: gate and up are the two halves of one gate_up_proj.
-        activation: the activation function, a module without parameters.
+        roles: which of its children does what.
     """
 
     layer: int
     name: str
-    parent: nn.Module
+    layer_path: str
+    parents: tuple[tuple[nn.Module, str], ...]
     module: nn.Module
-    fused: bool
-    activation: nn.Module
+    roles: Roles
+
+    @property
+    def fused(self) -> bool:
+        """One projection gives gate and up."""
+        return self.roles.fused
+
+    @property
+    def activation(self) -> Activation:
+        """The activation function."""
+        return self.roles.activation_of(self.module)
 
     @property
     def gate_linear(self) -> nn.Linear:
-        """The projection whose output holds the gate: gate_proj, or the fused gate_up_proj."""
-        return cast("nn.Linear", self.module.gate_up_proj if self.fused else self.module.gate_proj)
+        """The projection whose output holds the gate, (..., f), or both gate and up, (..., 2 f)."""
+        return self.roles.linear(self.module, "gate")
 
     @property
     def down_linear(self) -> nn.Linear:
         """The projection back to the hidden size."""
-        return cast("nn.Linear", self.module.down_proj)
+        return self.roles.linear(self.module, "down")
 
     def gate_of(self, output: Tensor) -> Tensor:
         """The gate, (..., f), in the output of `gate_linear`."""
-        return output.chunk(2, dim=-1)[0] if self.fused else output
+        return self.roles.halves(output)[0] if self.fused else output
+
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x W_gate`` and ``x W_up``, (..., f), through the module's own projections."""
+        return self.roles.gate_and_up(self.module, x)
 
     @property
     def hidden_size(self) -> int:
@@ -61,96 +73,144 @@ class GatedMLP:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper, or the model itself."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return cast("nn.Module", get_base_model()) if callable(get_base_model) else model
+    """The model inside wrappers (PEFT, torch.compile, data parallel), or the model itself."""
+    while True:
+        get_base_model = getattr(model, "get_base_model", None)
+        if callable(get_base_model):
+            inner = get_base_model()
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        else:
+            inner = getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = cast("nn.Module", inner)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The text decoder of a model, without heads and towers; a model that knows of none is its own."""
     base = unwrap(model)
     get_decoder = getattr(base, "get_decoder", None)
-    return cast("nn.Module", get_decoder()) if callable(get_decoder) else base
+    decoder = get_decoder() if callable(get_decoder) else None
+    # some call their head a decoder
+    return decoder if isinstance(decoder, nn.Module) and any(True for _ in decoder.children()) else base
 
 
 def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     """All gated MLPs of the model's text decoder, in the order of its layers.
 
-    A gated MLP is a module that owns gate_proj, up_proj and down_proj (or gate_up_proj and down_proj) of matching
-    shapes and one activation without parameters. Vision and audio towers of multimodal models are left alone.
+    A gated MLP is a module that computes ``down(act(gate(x)) * up(x))`` from two or three projections that it owns
+    (`find_roles`), whatever their names. Vision and audio towers of multimodal models are left alone.
 
     Raises:
-        CatsError: there is none, the model routes tokens through experts, or the layers cannot be told apart.
+        CatsError: there is none, a layer's MLP computes more, the model routes tokens through experts, or the layers
+            cannot be told apart.
     """
     model = unwrap(model)
     kind = type(model).__name__
     decoder = decoder_of(model)
-    paths = {module: name for name, module in model.named_modules()}
-    prefix = paths.get(decoder, "")
-    found = []
-    for name, module in decoder.named_modules(prefix=prefix):
-        if name.rpartition(".")[2] == "experts":
-            raise CatsError(
-                f"{kind} routes tokens through experts ({name}); CATS works on models with one gated MLP a layer."
-            )
-        activation = _activation_of(module)
-        if activation is not None:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            found.append(GatedMLP(_layer_index(name, kind), name, parent, module, _is_fused(module), activation))
-    if not found:
+    prefix = {module: name for name, module in model.named_modules()}.get(decoder, "")
+    experts = next((name for name, module in decoder.named_modules(prefix=prefix) if holds_experts(module)), None)
+    if experts is not None:
         raise CatsError(
-            f"{kind} has no gated MLP (gate_proj, up_proj and down_proj, or gate_up_proj and down_proj, with an "
-            "activation between them), which CATS needs; Llama, Mistral, Qwen, Gemma and Phi-3 models have one a layer."
+            f"{kind} routes tokens through experts ({experts}); CATS works on models with one gated MLP a layer."
         )
-    by_layer: dict[int, str] = {}
-    for mlp in found:
-        if mlp.layer in by_layer:
+    found: dict[nn.Module, tuple[str, Roles, list[tuple[nn.Module, str]]]] = {}
+    mismatches: dict[str, Mismatch] = {}
+    answers: dict[Hashable, Roles | Mismatch | None] = {}
+    for name, module in decoder.named_modules(prefix=prefix, remove_duplicate=False):
+        parent_name, _, own_name = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if module in found:
+            found[module][2].append((parent, own_name))
+            continue
+        key = fingerprint(module)
+        if key not in answers:
+            own = getattr(module, "roles", None)  # of a sparse MLP
+            answers[key] = own if isinstance(own, Roles) else find_roles(module)
+        answer = answers[key]
+        if isinstance(answer, Mismatch):
+            mismatches[name] = answer
+        elif answer is not None:
+            _check_replaceable(parent, name)
+            found[module] = (name, answer, [(parent, own_name)])
+    layer_of = _layer_paths([name for name, _, _ in found.values()])
+    mlps = [
+        GatedMLP(_layer_index(name, layer_of(name), kind), name, layer_of(name), tuple(parents), module, roles)
+        for module, (name, roles, parents) in found.items()
+    ]
+    mlps.sort(key=lambda mlp: mlp.layer)
+    _check_mismatches({layer_of(mlp.name) for mlp in mlps}, mismatches, layer_of, model)
+    if not mlps:
+        raise CatsError(f"{kind} has no gated MLP{_instead(model)}, so CATS, which skips their neurons, cannot use it.")
+    for one, other in zip(mlps, mlps[1:], strict=False):
+        if one.layer == other.layer:
             raise CatsError(
-                f"{kind} has two gated MLPs in layer {mlp.layer} ({by_layer[mlp.layer]} and {mlp.name}); "
+                f"{kind} has two gated MLPs in layer {one.layer} ({one.name} and {other.name}); "
                 "CATS works on models with one gated MLP a layer."
             )
-        by_layer[mlp.layer] = mlp.name
-    return sorted(found, key=lambda mlp: mlp.layer)
+    return mlps
 
 
-def _is_fused(module: nn.Module) -> bool:
-    return hasattr(module, "gate_up_proj")
+def _check_replaceable(parent: nn.Module, name: str) -> None:
+    if hasattr(parent, "_orig_mod"):
+        raise CatsError(f"{name} is compiled by itself, which CATS could not change; compile the model afterwards.")
 
 
-def _activation_of(module: nn.Module) -> nn.Module | None:
-    """The activation if the module has the parts of a gated MLP, else None."""
-    for parts in (SPLIT_PARTS, FUSED_PARTS):
-        shapes = [_weight_shape(getattr(module, part, None)) for part in parts]
-        if all(len(shape) == 2 for shape in shapes):
-            break
-    else:
-        return None
-    d, f = shapes[-1]
-    if any(shape != ((2 * f, d) if parts is FUSED_PARTS else (f, d)) for shape in shapes[:-1]):
-        return None
-    others = [
-        child
-        for name, child in module.named_children()
-        if name not in parts and not isinstance(child, (nn.Dropout, nn.Identity))
-    ]
-    if len(others) == 1 and not list(others[0].parameters()) and not list(module.parameters(recurse=False)):
-        return others[0]
-    return None
+def _check_mismatches(
+    layers: set[str], mismatches: dict[str, Mismatch], layer_of: Callable[[str], str], model: nn.Module
+) -> None:
+    """Refuse a model of which a layer has no gated MLP but something similar, or which has nothing but.
+
+    Made sparse in its other layers only, it would not be what its user thinks.
+
+    Args:
+        layers: paths of the layers that have a gated MLP.
+    """
+    stacks = {path.rpartition(".")[0] for path in layers}
+    for name, mismatch in sorted(mismatches.items(), key=lambda item: not item[1].similar):
+        layer = layer_of(name)
+        # what stands in another list of layers is a tower or an encoder
+        similar = mismatch.similar and layer not in layers and layer.rpartition(".")[0] in stacks
+        if layer and (similar or not layers):
+            raise CatsError(
+                f"{name} ({type(model.get_submodule(name)).__name__}) has the parts of a gated MLP but computes more "
+                f"than down(act(gate(x)) * up(x)): {mismatch.reason}; so CATS cannot replace it."
+            )
 
 
-def _weight_shape(projection: object) -> tuple[int, ...]:
-    weight = getattr(projection, "weight", None)
-    return tuple(weight.shape) if isinstance(projection, nn.Module) and isinstance(weight, Tensor) else ()
+def _instead(model: nn.Module) -> str:
+    """What the model says of itself that explains why it has none, as a part of a sentence."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    if method is not None:
+        return f" that can be read (it is quantised with {getattr(method, 'value', method)})"
+    return " (down(act(gate(x)) * up(x)), as Llama, Mistral, Qwen, Gemma and Phi-3 models have in every layer)"
 
 
-def _layer_index(name: str, kind: str) -> int:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    if not numbers:
+def _layer_paths(names: list[str]) -> Callable[[str], str]:
+    """The path of the decoder layer in which a module lies.
+
+    It ends with a number in the module's path: the first one if that tells the MLPs apart, else the last.
+    """
+
+    def path(name: str, which: int) -> str:
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        return ".".join(parts[: numbers[which] + 1]) if numbers else ""
+
+    first = {path(name, 0).rpartition(".")[2] for name in names}
+    which = 0 if len(first) == len(names) else -1
+    return lambda name: path(name, which)
+
+
+def _layer_index(name: str, layer_path: str, kind: str) -> int:
+    if not layer_path:
         raise CatsError(f"the gated MLP {name} of {kind} is not in a numbered list of layers, so CATS cannot name it.")
-    return numbers[-1]
+    return int(layer_path.rpartition(".")[2])
 
 
-def activation_name(activation: nn.Module) -> str | None:
+def activation_name(activation: Activation) -> str | None:
     """The key of `ACTIVATIONS` that computes the same function, found by trying; None if there is none."""
     x = torch.linspace(-9.0, 9.0, 1801, device="cpu")
     with torch.no_grad():
@@ -169,49 +229,44 @@ def execution_device(linear: nn.Linear) -> torch.device:
     return linear.weight.device
 
 
-@torch.no_grad()
-def check_function(mlp: GatedMLP) -> None:
-    """Check on random input that the module computes ``down(act(gate(x)) * up(x))`` and nothing else.
+# real activations of a few channels are a thousand times larger than the others
+_SCALES = (1.0, 100.0)
 
-    Some modules have the parts of a gated MLP and one step more (a scale, a top-k): made sparse, they would silently
-    compute something else.
+
+@torch.no_grad()
+def check_function(mlp: GatedMLP, x: Tensor | None = None) -> None:
+    """Check with its real weights that the module computes ``down(act(gate(x)) * up(x))`` and nothing else.
+
+    `find_roles` has compared the functions; this sees what depends on the weights, or on the inputs.
+
+    Args:
+        mlp: dense.
+        x: inputs, (..., d); None takes random ones, small and large.
 
     Raises:
         CatsError: it computes another function.
     """
     module = mlp.module
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, mlp.hidden_size, generator=generator)
-    x = x.to(device=execution_device(mlp.down_linear), dtype=mlp.down_linear.weight.dtype)
+    if x is None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 3, mlp.hidden_size, generator=generator, device="cpu")
+        x = torch.cat([scale * x for scale in _SCALES], dim=1)
+        x = x.to(device=execution_device(mlp.down_linear), dtype=mlp.down_linear.weight.dtype)
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
         # forward, not a call: hooks on the module are the user's, and what they do is no part of its function
-        expected, actual = module.forward(x), dense_forward(mlp, x)
+        expected, actual = module.forward(x).float(), mlp.roles.dense_forward(module, x).float()
     finally:
         for m, training in modes.items():
             m.training = training
-    error, size = (actual - expected).float().norm(), expected.float().norm()
-    if expected.isfinite().all() and not error <= 1e-2 * size:
+    # a token each: large ones must not hide small ones; what overflows the dtype says nothing
+    error, size = (actual - expected).norm(dim=-1), expected.norm(dim=-1)
+    if bool((size.isfinite() & ~(error <= 1e-2 * size)).any()):
         raise CatsError(
             f"{mlp.name} ({type(module).__name__}) has the parts of a gated MLP but computes more than "
             "down(act(gate(x)) * up(x)), so CATS cannot replace it."
         )
-
-
-def dense_forward(mlp: GatedMLP, x: Tensor) -> Tensor:
-    """``down(act(gate(x)) * up(x))`` through the module's own projections: the MLP before CATS."""
-    gate, up = gate_and_up(mlp.module, mlp.fused, x)
-    y: Tensor = mlp.down_linear(mlp.activation(gate) * up)
-    return y
-
-
-def gate_and_up(module: Any, fused: bool, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x W_gate`` and ``x W_up``, (..., f), through the module's own projections."""
-    if fused:
-        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-        return gate, up
-    return module.gate_proj(x), module.up_proj(x)
 
 
 class GateObserver(Protocol):

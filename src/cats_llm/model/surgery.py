@@ -103,7 +103,9 @@ def replace_mlps(mlps: list[GatedMLP]) -> None:
     for mlp in mlps:
         if not isinstance(mlp.module, SparseMLP):
             threshold = torch.zeros((), dtype=torch.float32, device=execution_device(mlp.down_linear))
-            setattr(mlp.parent, mlp.name.rpartition(".")[2], SparseMLP(mlp, threshold))
+            sparse = SparseMLP(mlp, threshold)
+            for parent, name in mlp.parents:
+                setattr(parent, name, sparse)
 
 
 def prepare(model: nn.Module, config: CatsConfig) -> None:
@@ -178,7 +180,7 @@ def densify(model: Model) -> Model:
     set_coverage(base, Coverage())
     save_vectors(base, False)
     for parent in list(base.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children leaves out a child that it has named
             if isinstance(child, SparseMLP):
                 setattr(parent, name, child.dense_module())
     _forget_config(base)
@@ -194,9 +196,7 @@ def _forget_config(base: nn.Module) -> None:
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:
     """The sparse MLPs by layer index; empty for a dense model."""
-    if not any(isinstance(module, SparseMLP) for module in model.modules()):
-        return {}
-    return {mlp.layer: mlp.module for mlp in find_gated_mlps(model) if isinstance(mlp.module, SparseMLP)}
+    return {module.layer: module for module in model.modules() if isinstance(module, SparseMLP)}
 
 
 def thresholds(model: nn.Module) -> dict[int, float]:

@@ -21,7 +21,6 @@ class ExactVectors(nn.Module):
 
     threshold: Tensor
     score: float | None
-    down_proj: nn.Linear
     # the compensation in the weights' dtype, made once, so that a decode step need not make it
     _cast: Tensor
 
@@ -29,6 +28,11 @@ class ExactVectors(nn.Module):
         super().__init__()
         self.register_buffer("threshold", threshold.to(torch.float32), persistent=False)
         self.score = None
+
+    @property
+    def down_linear(self) -> nn.Linear:
+        """The projection whose output the compensation is added to."""
+        raise NotImplementedError
 
     @property
     def compensation(self) -> Tensor | None:
@@ -69,13 +73,13 @@ class ExactVectors(nn.Module):
         if cast is None or not _fits(cast, y):
             cast = self.compensation.to(y.device, y.dtype)
             graph = gpu.in_graph() if y.is_cuda else torch.compiler.is_compiling()
-            if not graph and _fits(cast, self.down_proj.weight):
+            if not graph and _fits(cast, self.down_linear.weight):
                 self._keep_cast()
         return cast
 
     @torch.inference_mode(False)
     def _keep_cast(self) -> None:
-        weight = self.down_proj.weight
+        weight = self.down_linear.weight
         known = hasattr(self, "_cast") and _fits(self._cast, weight)
         if self.compensation is not None and not weight.is_meta and not known:
             self._set_buffer("_cast", self.compensation.to(weight.device, weight.dtype))

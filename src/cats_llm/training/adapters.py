@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from cats_llm.errors import CatsError
-from cats_llm.model.structure import FUSED_PARTS, SPLIT_PARTS, find_gated_mlps, unwrap
+from cats_llm.model.structure import find_gated_mlps, unwrap
 from cats_llm.training.settings import Settings
 
 
@@ -27,17 +27,15 @@ def adaptable(model: nn.Module, names: Sequence[str] | None = None) -> list[str]
     attention = False
     fitting: set[str] = set()
     for mlp in find_gated_mlps(base):
-        prefix = mlp.name.rpartition(".")[0]
-        linears = dict(_linears(mlp.parent, prefix))
+        linears = dict(_linears(base.get_submodule(mlp.layer_path), mlp.layer_path))
         if names is not None:
             chosen = [path for path in linears if path.rpartition(".")[2] in names]
             fitting |= {path.rpartition(".")[2] for path in chosen}
         else:
-            parts = FUSED_PARTS if mlp.fused else SPLIT_PARTS
             others = [path for path in linears if not path.startswith(f"{mlp.name}.")]
             projections = _attention(others)
             attention = attention or bool(projections)
-            chosen = [*projections, *(f"{mlp.name}.{part}" for part in parts)]
+            chosen = [*projections, *(f"{mlp.name}.{part}" for part in mlp.roles.projections)]
         found += chosen
     if names is not None and (missing := [name for name in names if name not in fitting]):
         there = sorted({path.rpartition(".")[2] for path, _ in _linears(base, "")})
