@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cats_llm import CatsError
 from cats_llm.calibration.lockstep import run_in_lockstep
 
 
@@ -88,7 +89,7 @@ def test_an_error_of_the_decision_ends_all(stack):
 
 
 def test_a_pass_that_skips_a_layer_is_noticed(stack):
-    with pytest.raises(RuntimeError, match="did not call MLP 1"):
+    with pytest.raises(CatsError, match="does not call MLP 1 once"):
         run_in_lockstep([*list(stack.layers)[::2], stack.layers[1]], runs(stack, [torch.randn(2, 4)], {}), lambda *_: 0)
 
 

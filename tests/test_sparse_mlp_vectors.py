@@ -57,8 +57,8 @@ def build(fused=False, bias=False, dtype=torch.float32, parts=("thresholds", "co
 def clear_of(model, x, threshold):
     """``x`` without the tokens that have an activation so near its threshold that rounding could decide."""
     mlp = model[0]
-    gate = (mlp.gate_up_proj if mlp.fused else mlp.gate_proj)(x)
-    a = nn.functional.silu((gate.chunk(2, -1)[0] if mlp.fused else gate).double()).abs()
+    gate = (mlp.gate_up_proj if mlp.roles.fused else mlp.gate_proj)(x)
+    a = nn.functional.silu((gate.chunk(2, -1)[0] if mlp.roles.fused else gate).double()).abs()
     near = (a - threshold.double()).abs() < {torch.float32: 1e-6}.get(x.dtype, 2e-2) * threshold
     return x[~near.any(-1)]
 

@@ -103,8 +103,8 @@ def _call(model: nn.Module, x: torch.Tensor) -> cuda.Work:
 def kernel_of(model: nn.Module, tokens: int, sparsity: float) -> str:
     """What a sparse model's MLPs compute with: the kernel's name or `DENSE`."""
     mlp = sparse_mlps(model)[0]
-    weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+    gate, up, down = (mlp.roles.linear(mlp, role).weight for role in ("gate", "up", "down"))
     if tokens > registry.MAX_DECODE_TOKENS:
         return DENSE
-    kernel = registry.best(registry.Request(tokens, *weights, "silu", sparsity))
+    kernel = registry.best(registry.Request(tokens, gate, up, down, "silu", sparsity))
     return kernel.name if kernel.reads_less else DENSE

@@ -16,6 +16,7 @@ from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import (
     GatedMLP,
     check_function,
+    checked_on_inputs,
     execution_device,
     find_gated_mlps,
     observe_gates,
@@ -63,13 +64,14 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     Raises:
         CatsError: no gated MLP, or one that computes something else.
     """
-    for mlp in find_gated_mlps(model):
-        if not isinstance(mlp.module, SparseMLP):
-            check_function(mlp)
+    dense = [mlp for mlp in find_gated_mlps(model) if not isinstance(mlp.module, SparseMLP)]
+    for mlp in dense:
+        check_function(mlp)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with checked_on_inputs(dense):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

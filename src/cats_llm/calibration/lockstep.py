@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cats_llm.errors import CatsError
+
+_WAY_OUT = "so its layers cannot be calibrated one after the other; leave sequential out of the criterion."
+
 
 class _Cancelled(BaseException):
     """Ends a thread that waits, when another one failed."""
@@ -88,7 +92,7 @@ def run_in_lockstep(
         state: get and set something that a pass leaves behind and relies on; each pass finds its own.
 
     Raises:
-        RuntimeError: a call does not call the modules once each in their order. Errors of calls come through.
+        CatsError: a call does not call the modules once each in their order. Errors of calls come through.
     """
     passes = [_Pass(call) for call in calls]
     by_thread = {p.thread.ident: p for p in passes}
@@ -110,12 +114,12 @@ def run_in_lockstep(
             for one in passes:
                 one.advance()
                 if one.done or one.place != place:
-                    raise RuntimeError(f"a forward pass did not call MLP {place} once and in order")
+                    raise CatsError(f"the model does not call MLP {place} once, after those before it, {_WAY_OUT}")
             decide(place, [one.x for one in passes if one.x is not None])
         for one in passes:
             one.advance()
             if not one.done:
-                raise RuntimeError("a forward pass called an MLP a second time")
+                raise CatsError(f"the model calls an MLP more than once, {_WAY_OUT}")
     finally:
         for one in passes:
             one.cancel()

@@ -1,5 +1,7 @@
 """The linear layers outside the MLPs (attention, lm_head), on our own matrix-vector kernels when decoding."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,42 +12,45 @@ from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import decoder_of, unwrap
 
 
-class DecodeLinear(nn.Linear):
-    """An nn.Linear that leaves no bandwidth unused for few tokens. Same parameters, same function.
+def decode_linear(layer: nn.Linear, input: Tensor) -> Tensor:
+    """The forward of an nn.Linear that leaves no bandwidth unused for few tokens: the same function.
 
-    A layer becomes one by a change of class and an nn.Linear again in the same way, so that everything that holds it or
-    its weight (tied embeddings, adapters, optimizers) keeps holding it.
+    Args:
+        input: (..., in_features).
+
+    Returns:
+        (..., out_features).
     """
+    # launched one by one, cuBLAS costs the processor less than we do; so should this question
+    if input.is_cuda and not gpu.in_graph() and getattr(layer, "_cats_compiled", False):
+        return F.linear(input, layer.weight, layer.bias)
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
+        if cpu.supports_linear(input, layer.weight):
+            return linear(input, layer.weight, layer.bias)
+        if gpu.supports_linear(input, layer.weight):
+            if gpu.in_graph():
+                return linear(input, layer.weight, layer.bias)
+            # a later capture must find our kernel compiled
+            linear(input, layer.weight, layer.bias)
+            layer._cats_compiled = True  # type: ignore[assignment]
+    return F.linear(input, layer.weight, layer.bias)
 
-    _compiled = False
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        # launched one by one, cuBLAS costs the processor less than we do; so should this question
-        if input.is_cuda and not gpu.in_graph() and self._compiled:
-            return F.linear(input, self.weight, self.bias)
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
-            if cpu.supports_linear(input, self.weight):
-                return linear(input, self.weight, self.bias)
-            if gpu.supports_linear(input, self.weight):
-                if gpu.in_graph():
-                    return linear(input, self.weight, self.bias)
-                # a later capture must find our kernel compiled
-                linear(input, self.weight, self.bias)
-                self._compiled = True
-        return F.linear(input, self.weight, self.bias)
+def decodes_on_our_kernels(layer: nn.Module) -> bool:
+    """Whether `use_decode_linears` has changed the layer."""
+    return getattr(layer.__dict__.get("forward"), "func", None) is decode_linear
 
 
 def use_decode_linears(model: nn.Module, enabled: bool = True) -> None:
     """Let the decoder's linear layers and lm_head decode on our kernel, or on PyTorch again, in place.
 
-    `sparsify` and `from_pretrained` do it. Layers inside sparse MLPs, adapters, other classes than nn.Linear and layers
-    on devices that have no kernel are left alone.
+    A layer keeps its class, so that whatever looks for an nn.Linear (quantisation, adapters) finds it; only its forward
+    is replaced. `sparsify` and `from_pretrained` do it. Layers inside sparse MLPs, adapters, other classes than
+    nn.Linear and layers on devices that have no kernel are left alone.
     """
     base = unwrap(model)
     get_head = getattr(base, "get_output_embeddings", None)
     roots = [decoder_of(model), get_head() if callable(get_head) else None]
-    old, new = (nn.Linear, DecodeLinear) if enabled else (DecodeLinear, nn.Linear)
     for root in roots:
         if root is None:
             continue
@@ -53,10 +58,16 @@ def use_decode_linears(model: nn.Module, enabled: bool = True) -> None:
             child for module in root.modules() if isinstance(module, SparseMLP) for child in module.modules()
         }
         for module in root.modules():
-            if type(module) is old and module not in inside_mlps and (not enabled or _is_plain(module)):
-                module.__class__ = new
+            if enabled and module not in inside_mlps and isinstance(module, nn.Linear) and _is_plain(module):
+                # pickled and copied with the layer, as a method would not be
+                module.__dict__["forward"] = functools.partial(decode_linear, module)
+            elif not enabled and decodes_on_our_kernels(module):
+                module.__dict__.pop("_cats_compiled", None)
+                del module.__dict__["forward"]
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    weight = linear.weight
-    return type(weight) is nn.Parameter and weight.device.type in ("cpu", "cuda") and "forward" not in linear.__dict__
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether its forward is PyTorch's own, on a device that may have a kernel."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    return type(layer.weight) is nn.Parameter and layer.weight.device.type in ("cpu", "cuda")

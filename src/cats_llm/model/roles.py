@@ -202,7 +202,7 @@ def _all_roles(twin: nn.Module, candidates: list[tuple[str, str, str]]) -> Itera
 
 
 def _errors(roles: Roles, twin: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
-    """How far each token's output is from what the roles would give, relative to its norm; None if they give nothing."""
+    """How far each token's output is from what the roles give, relative to its norm; None if they give nothing."""
     try:
         expected = roles.dense_forward(twin, x)
     except Exception:  # a child that is no activation
@@ -210,7 +210,8 @@ def _errors(roles: Roles, twin: nn.Module, x: Tensor, y: Tensor) -> Tensor | Non
     if expected.shape != y.shape:
         return None
     size = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((y - expected).float().norm(dim=-1) / size).reshape(-1)
+    errors: Tensor = (y - expected).float().norm(dim=-1) / size
+    return errors.reshape(-1)
 
 
 def _is_elementwise(activation: Activation) -> bool:

@@ -1,10 +1,15 @@
-"""`save_pretrained` of a model with vectors writes their file too: transformers has no hook that knows the folder."""
+"""A `save_pretrained` of its own for a model that transformers' alone would not save whole.
+
+Vectors stand in a file of their own, and transformers has no hook that knows the folder. Weights that several MLPs
+share are laid out for decoding, and transformers finds out what is shared only where rows are contiguous.
+"""
 
 import inspect
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.vectors import write_vectors
@@ -23,6 +28,7 @@ class _SavePretrained:
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model, then its vectors; then push both, since transformers pushes only what it wrote itself."""
+        shared = shared_weights(self.model)
         usual = getattr(type(self.model), _METHOD)
         kwargs |= zip(list(inspect.signature(usual).parameters)[2:], args, strict=False)
         if kwargs.pop("push_to_hub", False):
@@ -31,6 +37,8 @@ class _SavePretrained:
                 kwargs.pop(key, None)
         else:
             hub = {}
+        if shared and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = _row_by_row(self.model, shared)
         (self.replaced or usual.__get__(self.model))(save_directory, **kwargs)
         config = getattr(self.model.config, "quantization_config", None)
         adapters_only = getattr(self.model, "_hf_peft_config_loaded", False)
@@ -41,8 +49,22 @@ class _SavePretrained:
             self.model.push_to_hub(**hub)
 
 
-def save_vectors(model: nn.Module, enabled: bool) -> None:
-    """Let the model's `save_pretrained` write its vectors, or be what it was before."""
+def shared_weights(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules own and that are not laid out row by row."""
+    owners = Counter(
+        id(p) for module in model.modules() for p in module.parameters(recurse=False) if not p.is_contiguous()
+    )
+    return {key for key, number in owners.items() if number > 1}
+
+
+def _row_by_row(model: nn.Module, shared: set[int]) -> dict[str, Tensor]:
+    """The state dict, in which shared weights are laid out row by row and still shared."""
+    copies = {p.data_ptr(): p.detach().contiguous() for p in model.parameters() if id(p) in shared}
+    return {name: copies.get(tensor.data_ptr(), tensor) for name, tensor in model.state_dict().items()}
+
+
+def use_own_saving(model: nn.Module, enabled: bool) -> None:
+    """Let the model's `save_pretrained` write all there is to write, or be what it was before."""
     own = vars(model).get(_METHOD)
     if enabled and not isinstance(own, _SavePretrained) and hasattr(model, _METHOD):
         setattr(model, _METHOD, _SavePretrained(model))

@@ -67,7 +67,7 @@ class SparseMLP(ExactVectors):
         """The projection back to the hidden size."""
         return self.roles.linear(self, "down")
 
-    def use_activation(self, activation: nn.Module | None) -> None:
+    def use_activation(self, activation: Activation | None) -> None:
         """Compute with another activation function (ReLUfication); None takes the dense module's own again."""
         self.__dict__["_relufied"] = activation
         self.activation_name = activation_name(self.activation)

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cats_llm.errors import CatsError
 from cats_llm.kernels.definition import ACTIVATIONS, Activation
-from cats_llm.model.roles import Mismatch, Roles, fingerprint, find_roles, holds_experts
+from cats_llm.model.roles import Mismatch, Roles, find_roles, fingerprint, holds_experts
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,17 @@ class GatedMLP:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside wrappers (PEFT, torch.compile, data parallel), or the model itself."""
     while True:
+        inner: Any
         get_base_model = getattr(model, "get_base_model", None)
         if callable(get_base_model):
             inner = get_base_model()
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = model.module
         else:
-            inner = getattr(model, "_orig_mod", model)
-        if inner is model:
+            inner = getattr(model, "_orig_mod", None)
+        if inner is None:
             return model
-        model = cast("nn.Module", inner)
+        model = inner
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -106,6 +108,11 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
         CatsError: there is none, a layer's MLP computes more, the model routes tokens through experts, or the layers
             cannot be told apart.
     """
+    if not isinstance(model, nn.Module):
+        raise CatsError(
+            f"a loaded model is needed, but this is a {type(model).__name__}; load one with "
+            "transformers.AutoModelForCausalLM.from_pretrained."
+        )
     model = unwrap(model)
     kind = type(model).__name__
     decoder = decoder_of(model)
@@ -143,7 +150,7 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     _check_mismatches({layer_of(mlp.name) for mlp in mlps}, mismatches, layer_of, model)
     if not mlps:
         raise CatsError(f"{kind} has no gated MLP{_instead(model)}, so CATS, which skips their neurons, cannot use it.")
-    for one, other in zip(mlps, mlps[1:], strict=False):
+    for one, other in pairwise(mlps):
         if one.layer == other.layer:
             raise CatsError(
                 f"{kind} has two gated MLPs in layer {one.layer} ({one.name} and {other.name}); "
@@ -229,8 +236,9 @@ def execution_device(linear: nn.Linear) -> torch.device:
     return linear.weight.device
 
 
-# real activations of a few channels are a thousand times larger than the others
+# some channels of real inputs are a hundred times larger than the others
 _SCALES = (1.0, 100.0)
+_CHECKED_TOKENS = 8
 
 
 @torch.no_grad()
@@ -267,6 +275,37 @@ def check_function(mlp: GatedMLP, x: Tensor | None = None) -> None:
             f"{mlp.name} ({type(module).__name__}) has the parts of a gated MLP but computes more than "
             "down(act(gate(x)) * up(x)), so CATS cannot replace it."
         )
+
+
+@contextmanager
+def checked_on_inputs(mlps: list[GatedMLP]) -> Iterator[None]:
+    """`check_function`, at the end, on the largest inputs that the MLPs have seen while the context lasted.
+
+    Random numbers, however large, are not what a model computes with. The check is made last since it calls the MLPs.
+
+    Raises:
+        CatsError: an MLP computes another function.
+    """
+    largest: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
+            rows = x.reshape(-1, x.shape[-1])
+            if layer in largest:
+                rows = torch.cat([rows, largest[layer].to(rows)])
+            size = rows.abs().amax(dim=-1)
+            largest[layer] = rows[size.topk(min(_CHECKED_TOKENS, len(rows))).indices]
+
+        return hook
+
+    with ExitStack() as stack:
+        for mlp in mlps:
+            stack.callback(mlp.module.register_forward_pre_hook(note(mlp.layer), with_kwargs=True).remove)
+        yield
+    for mlp in mlps:
+        if mlp.layer in largest:
+            check_function(mlp, largest[mlp.layer])
 
 
 class GateObserver(Protocol):

@@ -14,7 +14,7 @@ from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.errors import CatsError
 from cats_llm.model.coverage import set_coverage
 from cats_llm.model.decode_linear import use_decode_linears
-from cats_llm.model.saving import save_vectors
+from cats_llm.model.saving import shared_weights, use_own_saving
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import (
     GatedMLP,
@@ -49,6 +49,11 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
         CatsError: no gated MLP, another number of layers than the config's, vectors of another model or not read yet,
             or a model that is already quantised. The model is then as it was.
     """
+    if not isinstance(config, CatsConfig):
+        raise CatsError(
+            f"sparsify takes a CatsConfig, not a {type(config).__name__}; make one with "
+            "calibrate(model, batches).config(sparsity=0.5)."
+        )
     base: Any = unwrap(model)
     existing = getattr(getattr(base, "config", None), "quantization_config", None)
     if existing is not None and not isinstance(existing, CatsConfig):
@@ -167,6 +172,7 @@ def prepare_decode(model: nn.Module, config: CatsConfig) -> None:
         mlp.expected_sparsity = config.layer_sparsity.get(layer, config.sparsity or 0.0)
         mlp.store_neuron_major()
     use_decode_linears(model)
+    use_own_saving(model, config.vectors is not None or bool(shared_weights(model)))
 
 
 def densify(model: Model) -> Model:
@@ -178,7 +184,7 @@ def densify(model: Model) -> Model:
     base = unwrap(model)
     use_decode_linears(base, False)
     set_coverage(base, Coverage())
-    save_vectors(base, False)
+    use_own_saving(base, False)
     for parent in list(base.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out a child that it has named
             if isinstance(child, SparseMLP):
@@ -231,7 +237,6 @@ def set_thresholds(
 def configure(model: nn.Module, config: CatsConfig) -> None:
     """Give a model that has sparse MLPs the thresholds, vectors and tokens of a config, in place."""
     set_thresholds(model, config.thresholds, config.vectors)
-    save_vectors(model, config.vectors is not None)
     tokens = set_coverage(model, config.coverage)
     for mlp in sparse_mlps(model).values():
         mlp.tokens = tokens
