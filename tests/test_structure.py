@@ -4,6 +4,7 @@ import copy
 
 import families
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import transformers
@@ -274,6 +275,19 @@ def test_one_mlp_in_several_layers_is_sparse_in_all_of_them(llama):
         cats_llm.fit(reference, [llama.ids], 0.5, cats_llm.Criterion.parse("moment+sequential"))
     cats_llm.densify(model)
     assert torch.equal(logits(model, llama.ids), dense)
+
+
+def test_a_granite_hybrid_without_experts():
+    torch.manual_seed(0)
+    config = tiny.tiny_config("granitemoehybrid")
+    config.num_local_experts = 0
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert all(mlp.roles.projections == ("input_linear", "output_linear") for mlp in cats_llm.find_gated_mlps(model))
+    profile = cats_llm.calibrate(model, [families.ids(1, 24)])
+    assert list(profile.layers) == list(range(config.num_hidden_layers))
+    before = logits(model, families.ids(1, 24))
+    assert torch.equal(logits(cats_llm.sparsify(model, profile.config(0.0)), families.ids(1, 24)), before)
+    assert not torch.equal(logits(cats_llm.sparsify(model, profile.config(0.9)), families.ids(1, 24)), before)
 
 
 @pytest.fixture(scope="module")

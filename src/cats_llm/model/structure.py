@@ -249,7 +249,7 @@ def check_function(mlp: GatedMLP, x: Tensor | None = None) -> None:
 
     Args:
         mlp: dense.
-        x: inputs, (..., d); None takes random ones, small and large.
+        x: inputs, (1, T, d); None takes random ones, small and large.
 
     Raises:
         CatsError: it computes another function.
@@ -305,7 +305,7 @@ def checked_on_inputs(mlps: list[GatedMLP]) -> Iterator[None]:
         yield
     for mlp in mlps:
         if mlp.layer in largest:
-            check_function(mlp, largest[mlp.layer])
+            check_function(mlp, largest[mlp.layer][None])
 
 
 class GateObserver(Protocol):
