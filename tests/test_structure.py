@@ -78,6 +78,10 @@ FOUND = {
     "fused, by view": (lambda: MLP({"both": "fc1", "down": "fc2"}, fused_by_view, act=nn.GELU("tanh")), gelu_tanh),
     "upcast": (lambda: MLP({"gate": "wi_0", "up": "wi_1", "down": "wo"}, upcast), F.silu),
     "an activation that no kernel knows": (lambda: MLP({"both": "a", "down": "b"}, fused, act=nn.Mish()), F.mish),
+    "a name that a sparse MLP has too": (
+        lambda: MLP({"both": "activation", "down": "down_linear"}, fused_up_first),
+        F.gelu,
+    ),
     "without biases": (lambda: MLP({"gate": "w1", "up": "w3", "down": "w2"}, split, bias=False), F.silu),
 }
 
@@ -120,6 +124,13 @@ def test_mlps_of_any_names_become_sparse(name, tokens):
     cats_llm.densify(model)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert torch.equal(model(x), dense)
+
+
+def test_a_name_that_a_sparse_mlp_needs_is_refused():
+    model = nn.Sequential(MLP({"both": "compensation", "down": "threshold"}, fused_up_first))
+    with pytest.raises(CatsError, match=r"0 \(MLP\) has a part called (compensation|threshold)"):
+        cats_llm.sparsify(model, CatsConfig({0: 0.1}))
+    assert type(model[0]) is MLP
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -53,12 +53,13 @@ class Roles:
 
     def linear(self, module: nn.Module, role: str) -> nn.Linear:
         """The projection of a module that plays the role "gate", "up" or "down"."""
-        return cast("nn.Linear", getattr(module, getattr(self, role)))
+        return cast("nn.Linear", module._modules[getattr(self, role)])
 
     def activation_of(self, module: nn.Module) -> Activation:
         """The activation function of a module."""
         if self.activation is not None:
-            return cast("Activation", getattr(module, self.activation))
+            # not by attribute: a sparse MLP has some of its own
+            return cast("Activation", module._modules[self.activation])
         return ACTIVATIONS[str(self.function)]
 
     def halves(self, both: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -111,7 +112,7 @@ def find_roles(module: nn.Module) -> Roles | Mismatch | None:
     if extra:
         return Mismatch(f"it has other weights too ({extra[0]})")
     stand_ins = {name: _StandIn(*shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
-    own_device = cast("Tensor", getattr(module, next(iter(shapes))).weight).device
+    own_device = cast("Tensor", module.get_submodule(next(iter(shapes))).weight).device
     # query, key and value of an attention have such shapes, and take more than one tensor
     square = all(out == into for out, into in shapes.values())
     mismatch = None if square else Mismatch("it cannot be run by itself")

@@ -24,6 +24,23 @@ _HOOKS = (
 )
 
 
+STATE = frozenset(
+    [
+        "threshold",
+        "compensation",
+        "score",
+        "layer",
+        "roles",
+        "activation_name",
+        "sparse",
+        "expected_sparsity",
+        "tokens",
+        "training",
+    ]
+)
+"""Names of what a `SparseMLP` holds beside its children, which must not have them."""
+
+
 class SparseMLP(ExactVectors):
     """``down(CATS_t(act(gate(x))) * up(x))`` with the projections of the dense module, under the same names.
 
@@ -137,7 +154,7 @@ class SparseMLP(ExactVectors):
 
     def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
         """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""
-        linears = [cast("nn.Linear", getattr(self, name)) for name in self.roles.projections]
+        linears = [cast("nn.Linear", self._modules[name]) for name in self.roles.projections]
         if torch.is_autocast_enabled(x.device.type) or not all(_is_plain(linear, x) for linear in linears):
             return None
         weights: list[Tensor] = [linear.weight for linear in linears]

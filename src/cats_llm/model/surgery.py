@@ -15,7 +15,7 @@ from cats_llm.errors import CatsError
 from cats_llm.model.coverage import set_coverage
 from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.saving import shared_weights, use_own_saving
-from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.sparse_mlp import STATE, SparseMLP
 from cats_llm.model.structure import (
     GatedMLP,
     activation_name,
@@ -67,6 +67,7 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
     for mlp in mlps:
         if not isinstance(mlp.module, SparseMLP):
             check_function(mlp)
+            _check_names(mlp)
     replace_mlps(mlps)
     configure(base, config)
     prepare_decode(base, config)
@@ -76,6 +77,15 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
     if quantizer is not None:
         quantizer.quantization_config = config
     return model
+
+
+def _check_names(mlp: GatedMLP) -> None:
+    taken = sorted(STATE & {name for name, _ in mlp.module.named_children()})
+    if taken:
+        raise CatsError(
+            f"{mlp.name} ({type(mlp.module).__name__}) has a part called {taken[0]}, which is the name of something else "
+            "in a sparse MLP; rename it in the model's code."
+        )
 
 
 def _check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
