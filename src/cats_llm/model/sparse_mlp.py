@@ -24,20 +24,17 @@ _HOOKS = (
 )
 
 
-STATE = frozenset(
-    [
-        "threshold",
-        "compensation",
-        "score",
-        "layer",
-        "roles",
-        "activation_name",
-        "sparse",
-        "expected_sparsity",
-        "tokens",
-        "training",
-    ]
-)
+STATE = {
+    "threshold",
+    "compensation",
+    "score",
+    "layer",
+    "roles",
+    "activation_name",
+    "sparse",
+    "expected_sparsity",
+    "tokens",
+}
 """Names of what a `SparseMLP` holds beside its children, which must not have them."""
 
 

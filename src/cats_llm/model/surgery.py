@@ -83,8 +83,8 @@ def _check_names(mlp: GatedMLP) -> None:
     taken = sorted(STATE & {name for name, _ in mlp.module.named_children()})
     if taken:
         raise CatsError(
-            f"{mlp.name} ({type(mlp.module).__name__}) has a part called {taken[0]}, which is the name of something else "
-            "in a sparse MLP; rename it in the model's code."
+            f"{mlp.name} ({type(mlp.module).__name__}) has a part called {taken[0]}, which is the name of something "
+            "else in a sparse MLP; rename it in the model's code."
         )
 
 
