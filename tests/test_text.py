@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cats_llm.errors import CatsError
-from cats_llm.text import SEPARATOR, TextSize, batched, load_sequences, read_documents, shuffled, token_sequences
+from cats_llm.rows import SEPARATOR
+from cats_llm.text import TextSize, batched, load_sequences, read_documents, shuffled, token_sequences
 
 
 class Tokenizer:
@@ -37,7 +38,7 @@ def test_txt_documents_are_separated_by_lines(tmp_path):
 
 
 def test_a_long_document_is_cut_instead_of_filling_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("cats_llm.text._LONGEST_DOCUMENT", 10)
+    monkeypatch.setattr("cats_llm.rows._LONGEST_DOCUMENT", 10)
     source = write(tmp_path / "a.txt", "12345\n67890\nabc\n")
     assert list(read_documents(source)) == ["12345\n67890", "abc"]
 

@@ -1,23 +1,24 @@
 """Text for calibration and evaluation: from files or hub datasets to token sequences of one length, streamed."""
 
-import json
+import logging
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from cats_llm.chat import Message, conversation, render
 from cats_llm.errors import CatsError
+from cats_llm.rows import Tally, missing_column, pieces, read_rows
 
-SEPARATOR = "<|endoftext|>"
-"""A line of its own between two documents of a .txt file."""
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-_LONGEST_DOCUMENT = 1 << 20
 Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
+
+_CONVERSATIONS = ("messages", "conversations")
 
 
 @dataclass
@@ -35,110 +36,160 @@ class TextSize:
     bytes: int = 0
 
 
+class Pair(NamedTuple):
+    """A prompt and what answers it."""
+
+    prompt: str
+    completion: str
+
+
+Content = str | Pair | list[Message]
+"""What a row holds: a text, a prompt and its completion, or a conversation."""
+
+
+def read_contents(
+    source: str,
+    text_column: str = "text",
+    dataset_config: str | None = None,
+    split: str = "train",
+    tally: Tally | None = None,
+) -> Iterator[tuple[str, Content]]:
+    """What the rows of a source hold, and where each stands.
+
+    Of a row the first of these that has a value counts: ``text_column``, ``messages`` or ``conversations``, ``prompt``
+    with ``completion``. A row without any text in it (null, or white space) is left out and counted; one that is
+    neither stops the reading.
+
+    Args:
+        source, dataset_config, split, tally: see `cats_llm.rows.read_rows`.
+        text_column: where the text is in .jsonl, .parquet and datasets.
+
+    Raises:
+        CatsError: from `read_rows`; or a row is damaged or has none of the columns.
+    """
+    tally = tally if tally is not None else Tally()
+    columns = (text_column, *_CONVERSATIONS, *Pair._fields)
+    for where, row in read_rows(source, columns, dataset_config, split, tally):
+        content = row if isinstance(row, str) else _content(row, text_column, where)
+        if isinstance(row, str) or not _is_empty(content):
+            yield where, content
+        else:
+            tally.count_empty()
+
+
+def _content(row: dict[str, Any], text_column: str, where: str) -> Content:
+    value = row.get(text_column)
+    if isinstance(value, str):
+        return value.removeprefix("\ufeff")
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return conversation(value, where)
+    if value is not None:
+        kind = "list" if isinstance(value, list) else type(value).__name__
+        raise CatsError(f"{where} has no text in the column {text_column!r} but a {kind}; pass --text-column.")
+    for name in _CONVERSATIONS:
+        if row.get(name) is not None:
+            return conversation(row[name], where)
+    if row.keys() >= {*Pair._fields}:
+        return _pair(row["prompt"], row["completion"], where)
+    if text_column not in row and not row.keys() & {*_CONVERSATIONS}:
+        raise missing_column(row, text_column, where)
+    return ""
+
+
+def _pair(prompt: Any, completion: Any, where: str) -> Content:
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return conversation([*prompt, *completion], where)
+    if not isinstance(prompt, str | None) or not isinstance(completion, str | None):
+        raise CatsError(f"{where} has no text in prompt and completion, nor messages.")
+    return "" if prompt is None or completion is None else Pair(prompt, completion)
+
+
+def _is_empty(content: Content) -> bool:
+    if isinstance(content, Pair):
+        return not content.completion.strip()
+    if isinstance(content, str):
+        return not content.strip()
+    return not any(message["content"].strip() or "tool_calls" in message for message in content)
+
+
 def read_documents(
-    source: str, text_column: str = "text", dataset_config: str | None = None, split: str = "train"
+    source: str,
+    text_column: str = "text",
+    dataset_config: str | None = None,
+    split: str = "train",
+    tokenizer: Any = None,
+    tally: Tally | None = None,
 ) -> Iterator[str]:
     """Documents of a .txt, .jsonl or .parquet file, of a folder of them, or of a dataset on the hub, one at a time.
+
+    Conversations become texts by the tokenizer's chat template, without the special tokens at their beginning and
+    end that `token_sequences` adds; a prompt and its completion are one text.
 
     Args:
         source: a path, or the name of a dataset.
         text_column: where the text is in .jsonl, .parquet and datasets.
         dataset_config, split: of a dataset on the hub.
+        tokenizer: has the chat template; needed only for conversations.
+        tally: counts rows, and those that are left out; None says at the end how many in a warning of the log.
 
     Raises:
-        CatsError: there is no such file or dataset, it cannot be read, or it has no such column.
+        CatsError: there is no such file or dataset, or it cannot be read; see `read_contents`.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not files:
-            raise CatsError(f"the folder {path} holds no {', '.join(SUFFIXES)} file.")
-    elif path.is_file():
-        files = [path]
-        if path.suffix not in SUFFIXES:
-            raise CatsError(f"{path} has an unknown ending; text is read from {', '.join(SUFFIXES)} files.")
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise CatsError(f"there is no file or folder {source}.")
-    else:
-        yield from _read_dataset(source, text_column, dataset_config, split)
-        return
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for file in files:
-        try:
-            yield from readers[file.suffix](file, text_column)
-        except UnicodeDecodeError as error:
-            raise CatsError(f"{file} is not UTF-8 text (byte {error.start}); convert it first.") from error
-        except OSError as error:
-            raise CatsError(f"could not read {file}: {error.strerror or error}.") from error
+    own = tally if tally is not None else Tally()
+    for where, content in read_contents(source, text_column, dataset_config, split, own):
+        if isinstance(content, Pair):
+            yield content.prompt + content.completion
+        elif isinstance(content, str):
+            yield content
+        elif tokenizer is None:
+            raise CatsError(f"{where} has messages, which need a tokenizer with a chat template; pass one.")
+        else:
+            yield _without_ends(render(content, tokenizer, where), tokenizer)
+    if tally is None:
+        log_notes(source, own)
 
 
-def _read_txt(file: Path, text_column: str) -> Iterator[str]:
-    lines: list[str] = []
-    size = 0
-    with file.open(encoding="utf-8") as stream:
-        for line in stream:
-            ends = line.strip() == SEPARATOR
-            if not ends:
-                lines.append(line)
-                size += len(line)
-            # a file without separators must not fill the memory
-            if ends or size >= _LONGEST_DOCUMENT:
-                yield "".join(lines).strip()
-                lines, size = [], 0
-    yield "".join(lines).strip()
+def log_notes(source: str, tally: Tally) -> None:
+    """Tell the user, by a warning of the log, what was left out of a source."""
+    for note in tally.notes():
+        logger.warning("%s: %s.", source, note)
 
 
-def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CatsError(f"line {number} of {file} is not JSON: {error.msg}.") from error
-            yield _column(row, text_column, f"line {number} of {file}")
+def text_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after every text; most put one before it, or none."""
+    plain, whole = encode(tokenizer, "a"), encode(tokenizer, "a", add_special_tokens=True)
+    for begin in range(len(whole) - len(plain) + 1):
+        end = begin + len(plain)
+        if whole[begin:end] == plain:
+            return whole[:begin], whole[end:]
+    # it changes the text too
+    mask = tokenizer("a", return_special_tokens_mask=True, verbose=False).special_tokens_mask
+    number = next((i for i, special in enumerate(mask) if not special), len(mask))
+    return whole[:number], whole[len(mask) - next((i for i, s in enumerate(mask[::-1]) if not s), 0) :]
 
 
-def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
+def encode(tokenizer: Any, text: str, where: str = "the text", add_special_tokens: bool = False) -> list[int]:
+    """The tokens of a text.
+
+    Args:
+        where: what the text is, for errors.
+
+    Raises:
+        CatsError: the tokenizer cannot read it.
+    """
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise CatsError("reading .parquet files needs pyarrow: pip install 'cats-llm[data]'.") from error
-    try:
-        with pq.ParquetFile(file) as table:
-            if text_column not in table.schema_arrow.names:
-                _column(dict.fromkeys(table.schema_arrow.names), text_column, str(file))
-            for batch in table.iter_batches(batch_size=256, columns=[text_column]):
-                for text in batch.column(0).to_pylist():
-                    yield _column({text_column: text}, text_column, str(file))
-    except pa.ArrowException as error:
-        raise CatsError(f"{file} is not a parquet file, or it is damaged.") from error
+        ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    except Exception as error:  # tokenizers raises whatever its parts raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CatsError(f"the tokenizer cannot read {where} ({reason}); mend it or leave it out.") from error
+    return ids
 
 
-def _read_dataset(name: str, text_column: str, config: str | None, split: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise CatsError(
-            f"there is no file {name}; to read it as a dataset from the hub, pip install 'cats-llm[data]'."
-        ) from error
-    try:
-        rows = load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # datasets raises many kinds, for what is one thing to a user
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise CatsError(f"{name} is no file, and as a dataset of the hub it cannot be loaded: {reason}.") from error
-    for row in rows:
-        yield _column(row, text_column, f"dataset {name}")
-
-
-def _column(row: Any, name: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(name), str):
-        columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise CatsError(f"{where} has no text in the column {name!r} (it has: {columns}); pass --text-column.")
-    text: str = row[name]
-    return text
+def _without_ends(text: str, tokenizer: Any) -> str:
+    """A conversation without the special tokens that are added to every text again."""
+    text = text.removeprefix("".join(tokenizer.convert_ids_to_tokens(text_ends(tokenizer)[0])))
+    end = tokenizer.eos_token
+    return text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text
 
 
 def token_sequences(
@@ -147,41 +198,49 @@ def token_sequences(
     length: int,
     stride: int | None = None,
     size: TextSize | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[Tensor]:
     """Cut the documents, joined by end-of-text tokens, into sequences of ``length`` tokens; the rest is dropped.
 
-    Where the tokenizer begins a text with a begin-of-text token, every sequence begins with one: models trained that
-    way put most of their attention there.
+    Where the tokenizer begins texts with special tokens (a begin-of-text token, or several), every sequence begins
+    with them: models trained that way put most of their attention there.
 
     Args:
         stride: text tokens from the beginning of one sequence to that of the next; None lets none overlap.
         size: counts what is read.
+        tally: of the reading that brings the documents, to say where one stands that the tokenizer cannot read.
 
     Yields:
         input_ids, int64 (length,).
     """
     size = size if size is not None else TextSize()
-    start = tokenizer("a", verbose=False).input_ids[:1]
-    bos = start if start == [tokenizer.bos_token_id] else []
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if length <= len(bos):
+    start, eos = text_ends(tokenizer)
+    if tokenizer.eos_token_id is not None:
+        eos = [tokenizer.eos_token_id]
+    if length <= len(start):
         raise CatsError(f"a sequence length of {length} leaves no room for text; pass a larger one.")
-    text = length - len(bos)
-    step = min(stride or text, text)
+    room = length - len(start)
+    step = min(stride or room, room)
     waiting: list[int] = []
     for document in documents:
-        if not document:
-            continue
-        new = tokenizer(document, add_special_tokens=False, verbose=False).input_ids + eos
+        for new in _tokens(document, tokenizer, (tally.where if tally else "") or "a document", eos, size):
+            waiting += new
+            begin = 0
+            while begin + room <= len(waiting):
+                yield torch.tensor(start + waiting[begin : begin + room])
+                begin += step
+            del waiting[:begin]
+
+
+def _tokens(document: str, tokenizer: Any, where: str, eos: list[int], size: TextSize) -> Iterator[list[int]]:
+    """The tokens of a document, a piece at a time, and the end-of-text token."""
+    parts = list(pieces(document)) if document else []
+    for number, part in enumerate(parts, 1):
+        new = encode(tokenizer, part, where) + (eos if number == len(parts) else [])
         size.tokens += len(new)
-        size.words += len(document.split())
-        size.bytes += len(document.encode())
-        waiting += new
-        begin = 0
-        while begin + text <= len(waiting):
-            yield torch.tensor(bos + waiting[begin : begin + text])
-            begin += step
-        del waiting[:begin]
+        size.words += len(part.split())
+        size.bytes += len(part.encode())
+        yield new
 
 
 def shuffled(items: Iterable[Item], seed: int, buffer: int = 1024) -> Iterator[Item]:
@@ -205,12 +264,13 @@ def load_sequences(
     seed: int | None = None,
     stride: int | None = None,
     size: TextSize | None = None,
+    tally: Tally | None = None,
     **reading: Any,
 ) -> Iterator[Tensor]:
     """Token sequences of a text source.
 
     Args:
-        source: see `read_documents`, which also takes ``reading``.
+        source: see `read_documents`, which also takes ``reading`` and ``tally``.
         length: tokens a sequence.
         samples: at most so many sequences; None takes all.
         seed: draw them in a random order; None takes them in the order of the text.
@@ -220,14 +280,15 @@ def load_sequences(
         CatsError: from `read_documents`; or the text is empty or shorter than one sequence.
     """
     characters = 0
+    own = tally if tally is not None else Tally()
 
     def documents() -> Iterator[str]:
         nonlocal characters
-        for document in read_documents(source, **reading):
+        for document in read_documents(source, tokenizer=tokenizer, tally=own, **reading):
             characters += len(document)
             yield document
 
-    sequences: Iterable[Tensor] = token_sequences(documents(), tokenizer, length, stride, size)
+    sequences: Iterable[Tensor] = token_sequences(documents(), tokenizer, length, stride, size, own)
     if seed is not None:
         sequences = shuffled(sequences, seed)
     number = 0
@@ -236,10 +297,13 @@ def load_sequences(
         yield sequence
     if number == 0 and samples != 0:
         if characters == 0:
-            raise CatsError(f"{source} holds no text.")
+            empty = f": all of its {own.rows} rows are empty" if own.empty else ""
+            raise CatsError(f"{source} holds no text{empty}.")
         raise CatsError(
             f"{source} holds fewer tokens than one sequence of {length}; give more text or a smaller --seq-length."
         )
+    if tally is None:
+        log_notes(source, own)
 
 
 def same_text(one: str, other: str) -> bool:

@@ -15,7 +15,7 @@ from cats_llm.evaluation.task import Measurement
 from cats_llm.model.structure import unwrap
 
 # parts of the package whose code decides results
-_CODE = ("evaluation", "model", "kernels", "checkpoint", "text.py")
+_CODE = ("evaluation", "model", "kernels", "checkpoint", "text.py", "rows.py", "chat.py")
 
 
 class Cache:

@@ -1,17 +1,17 @@
 """What models are fine-tuned on: packed text with the loss on every token, or instructions with the loss on answers."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cats_llm.chat import Message, render
 from cats_llm.errors import CatsError
-from cats_llm.text import load_sequences
+from cats_llm.rows import Tally
+from cats_llm.text import Content, Pair, encode, load_sequences, log_notes, read_contents, text_ends
 
 Example = dict[str, Tensor]
 """input_ids and labels, int64 (T,); a label of `IGNORED` is not trained on."""
@@ -26,26 +26,25 @@ class Examples:
     Attributes:
         examples: in the order of the source.
         too_long: how many instructions were left out, since they are longer than a sequence.
+        empty: how many rows were left out, since they hold no text.
     """
 
     examples: list[Example]
     too_long: int = 0
+    empty: int = 0
 
 
-def is_instructions(source: str, text_column: str = "text") -> bool:
-    """Whether the source is a .jsonl file whose rows are instructions: prompt and completion, or messages."""
-    path = Path(source).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        first = next((line for line in stream if line.strip()), "")
+def is_instructions(source: str, **reading: Any) -> bool:
+    """Whether the rows of the source are instructions: prompt and completion, or messages.
+
+    Args:
+        source, reading: see `cats_llm.text.read_contents`.
+    """
     try:
-        row = json.loads(first)
-    except ValueError:
+        _, content = next(read_contents(source, **reading), ("", ""))
+    except CatsError:
         return False  # the reader of texts says what is wrong
-    return (
-        isinstance(row, dict) and text_column not in row and ("messages" in row or {"prompt", "completion"} <= {*row})
-    )
+    return not isinstance(content, str)
 
 
 def read_text(source: str, tokenizer: Any, length: int, samples: int | None = None, **reading: Any) -> Examples:
@@ -58,27 +57,32 @@ def read_text(source: str, tokenizer: Any, length: int, samples: int | None = No
     Raises:
         CatsError: there is no such text, or less than one sequence of it.
     """
-    sequences = load_sequences(source, tokenizer, length, samples=samples, **reading)
-    return Examples([{"input_ids": ids, "labels": ids} for ids in sequences])
+    tally = Tally()
+    sequences = load_sequences(source, tokenizer, length, samples=samples, tally=tally, **reading)
+    examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
+    log_notes(source, tally)
+    return Examples(examples, empty=tally.empty)
 
 
-def read_instructions(source: str, tokenizer: Any, length: int, samples: int | None = None) -> Examples:
-    """Instructions of a .jsonl file, one a line; only answers are predicted.
+def read_instructions(source: str, tokenizer: Any, length: int, samples: int | None = None, **reading: Any) -> Examples:
+    """Instructions, one a row; only answers are predicted.
 
     A row holds either ``prompt`` and ``completion``, two texts, or ``messages``, a conversation with ``role`` and
     ``content`` for the tokenizer's chat template, in which every message of the assistant is an answer.
 
     Args:
+        source: see `cats_llm.text.read_contents`, which takes ``reading`` too and says what becomes of bad rows.
         length: instructions of more tokens are left out.
         samples: at most so many instructions are read.
 
     Raises:
-        CatsError: the file is damaged, a row is neither, or nothing is left to train on.
+        CatsError: the source is damaged, a row is neither, or nothing is left to train on.
     """
     examples: list[Example] = []
     too_long = 0
-    for where, row in islice(_rows(Path(source).expanduser()), samples):
-        example = _chat(row["messages"], tokenizer, where) if "messages" in row else _pair(row, tokenizer, where)
+    tally = Tally()
+    for where, content in islice(read_contents(source, tally=tally, **reading), samples):
+        example = _example_of(content, tokenizer, where)
         if len(example["input_ids"]) > length:
             too_long += 1
         else:
@@ -88,52 +92,36 @@ def read_instructions(source: str, tokenizer: Any, length: int, samples: int | N
             f"all {too_long} are longer than {length} tokens; pass a larger --seq-length" if too_long else "add some"
         )
         raise CatsError(f"{source} holds no instruction to train on: {reason}.")
-    return Examples(examples, too_long)
+    log_notes(source, tally)
+    return Examples(examples, too_long, tally.empty)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                where = f"line {number} of {path}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise CatsError(f"{where} is not JSON: {error.msg}.") from error
-                if not isinstance(row, dict):
-                    raise CatsError(f"{where} is no JSON object; give prompt and completion, or messages.")
-                yield where, row
-    except UnicodeDecodeError as error:
-        raise CatsError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
-    except OSError as error:
-        raise CatsError(f"could not read {path}: {error.strerror or error}.") from error
+def _example_of(content: Content, tokenizer: Any, where: str) -> Example:
+    if isinstance(content, Pair):
+        return _answered(content, tokenizer, where)
+    if isinstance(content, str):
+        raise CatsError(f"{where} is a text, among rows with prompt and completion or messages; train on one kind.")
+    return _chat(content, tokenizer, where)
 
 
-def _pair(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
-        raise CatsError(f"{where} has no text in prompt and completion, nor messages (it has: {', '.join(row)}).")
-    asked = tokenizer(prompt, verbose=False).input_ids
+def _answered(pair: Pair, tokenizer: Any, where: str) -> Example:
+    begin, end = text_ends(tokenizer)
+    asked = begin + encode(tokenizer, pair.prompt, where)
     # in one piece, as it is generated: tokenizers may treat the beginning of a text in a way of their own
-    whole = tokenizer(prompt + completion, verbose=False).input_ids
-    if tokenizer.eos_token_id is not None and whole[-1:] != [tokenizer.eos_token_id]:
-        whole = [*whole, tokenizer.eos_token_id]
-    return _example(whole, [(_shared(asked, whole), len(whole))])
+    whole = begin + encode(tokenizer, pair.prompt + pair.completion, where)
+    if tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id] if whole[-1:] != [tokenizer.eos_token_id] else []
+    return _example(whole + end, [(_shared(asked, whole), len(whole + end))])
 
 
-def _chat(messages: Any, tokenizer: Any, where: str) -> Example:
-    known = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in messages)
-    if not known or not any(message["role"] == "assistant" for message in messages):
-        raise CatsError(f"{where} has messages that are no conversation with role and content and an assistant in it.")
-    if not tokenizer.chat_template:
-        raise CatsError(f"{where} has messages, but the tokenizer has no chat template; give prompt and completion.")
+def _chat(messages: list[Message], tokenizer: Any, where: str) -> Example:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise CatsError(
+            f"{where} has messages that are no conversation with an assistant in it, so there is no answer."
+        )
 
-    def tokens(part: list[Any], prompt: bool = False) -> list[int]:
-        text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
+    def tokens(part: list[Message], prompt: bool = False) -> list[int]:
+        return encode(tokenizer, render(part, tokenizer, where, prompt), where)
 
     whole = tokens(messages)
     spans = []

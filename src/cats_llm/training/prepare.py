@@ -29,7 +29,7 @@ class Sources:
     """Where the examples come from.
 
     Attributes:
-        train: a text (see `cats_llm.text.read_documents`) or a .jsonl file of instructions.
+        train: a text (see `cats_llm.text.read_documents`), or instructions in .jsonl, .parquet or a dataset.
         heldout: the same, to measure on; None sets a part of ``train`` aside.
         calibration: a text to calibrate thresholds on; None sets a part of ``train`` aside.
         length: tokens a sequence at most.
@@ -49,7 +49,7 @@ class Sources:
 
     def instructions(self, source: str) -> bool:
         """Whether it is read as instructions."""
-        return is_instructions(source, self.reading.get("text_column", "text"))
+        return is_instructions(source, **self.reading)
 
     def enough_for(self, examples: int) -> "Sources":
         """The same, reading no more than so many training examples and what is set aside."""
@@ -57,7 +57,7 @@ class Sources:
 
     def _read(self, source: str, tokenizer: Any, samples: int | None) -> Examples:
         if self.instructions(source):
-            return read_instructions(source, tokenizer, self.length, samples)
+            return read_instructions(source, tokenizer, self.length, samples, **self.reading)
         return read_text(source, tokenizer, self.length, samples, **self.reading)
 
     def read(self, tokenizer: Any, seed: int, calibrates: bool) -> Data:
@@ -112,6 +112,7 @@ class Sources:
                 "heldout_examples": len(parts["heldout"]),
                 "calibration_examples": len(parts["calibration"]),
                 "too_long": found.too_long,
+                "empty": found.empty,
             },
         )
 

@@ -1,12 +1,13 @@
 """CoLA, SST-2 and BoolQ as instructions with the answer yes or no, as the paper fine-tunes on; prompts are ours."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cats_llm.checkpoint.files import write_file
 from cats_llm.errors import CatsError
+from cats_llm.rows import read_rows
 
 Row = dict[str, Any]
 
@@ -16,30 +17,38 @@ class Task(NamedTuple):
 
     dataset: str
     config: str | None
+    texts: tuple[str, ...]
+    label: str
     prompt: Callable[[Row], str]
-    yes: Callable[[Row], bool]
+
+    def yes(self, row: Row) -> bool:
+        """Whether the answer is yes."""
+        return bool(row[self.label])
 
 
 TASKS = {
     "cola": Task(
         "nyu-mll/glue",
         "cola",
+        ("sentence",),
+        "label",
         lambda row: f"{row['sentence']}\nQuestion: Is this sentence acceptable English, yes or no?\nAnswer:",
-        lambda row: row["label"] == 1,
     ),
     "sst2": Task(
         "nyu-mll/glue",
         "sst2",
+        ("sentence",),
+        "label",
         lambda row: (
             f"{row['sentence'].strip()}\nQuestion: Does this review speak well of the film, yes or no?\nAnswer:"
         ),
-        lambda row: row["label"] == 1,
     ),
     "boolq": Task(
         "google/boolq",
         None,
+        ("passage", "question"),
+        "answer",
         lambda row: f"{row['passage']}\nQuestion: {row['question']}, yes or no?\nAnswer:",
-        lambda row: row["answer"] is True,
     ),
 }
 
@@ -56,30 +65,18 @@ def write_instructions(name: str, split: str, out: Path, source: Path | None = N
     """
     task = TASKS[name]
     with write_file(out, force) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in _rows(task, split, source):
-            try:
-                made = {"prompt": task.prompt(row), "completion": " yes" if task.yes(row) else " no"}
-            except KeyError as error:
-                raise CatsError(f"a row of the data has no {error}, which {name} needs.") from error
+        rows = read_rows(str(source or task.dataset), None, None if source else task.config, split)
+        for where, row in rows:
+            _check(row, task, name, where)
+            made = {"prompt": task.prompt(row), "completion": " yes" if task.yes(row) else " no"}
             file.write(json.dumps(made, ensure_ascii=False) + "\n")
 
 
-def _rows(task: Task, split: str, source: Path | None) -> Iterable[Row]:
-    if source is not None:
-        try:
-            lines = source.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.strip()]
-        except OSError as error:
-            raise CatsError(f"could not read {source}: {error.strerror or error}.") from error
-        except ValueError as error:
-            raise CatsError(f"{source} is no JSON lines in UTF-8: {error}.") from error
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise CatsError(f"{task.dataset} comes by way of datasets: pip install 'cats-llm[data]'.") from error
-    try:
-        rows: Iterable[Row] = load_dataset(task.dataset, task.config, split=split)
-    except Exception as error:  # datasets raises whatever its parts raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CatsError(f"could not load {task.dataset}: {reason}; pass its rows as a .jsonl file.") from error
-    return rows
+def _check(row: Any, task: Task, name: str, where: str) -> None:
+    """Refuse a row that lacks what is asked, or has no label, as in the hub's test splits."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in task.texts):
+        raise CatsError(f"{where} has no text in {' and '.join(task.texts)}, which {name} needs.")
+    if row.get(task.label) not in (0, 1):
+        raise CatsError(
+            f"{where} has no {task.label} of yes or no (it is {row.get(task.label)!r}), which {name} needs."
+        )
