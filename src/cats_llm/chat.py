@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
 
 Message = dict[str, Any]
 """``role`` and ``content``, two texts, and whatever else a chat template may look at (tool_calls, name ...)."""
@@ -79,8 +79,8 @@ def _apply(messages: list[Message], tokenizer: Any, where: str, generation_promp
     except ImportError as error:
         raise CatsError("chat templates need jinja2: pip install jinja2.") from error
     except Exception as error:  # a template is a program: it raises what it likes, and so does jinja2
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CatsError(
-            f"{where} has messages that the tokenizer's chat template refuses ({reason}); mend the row or leave it out."
+            f"{where} has messages that the tokenizer's chat template refuses ({first_line(error)}); mend the row or "
+            "leave it out."
         ) from error
     return text

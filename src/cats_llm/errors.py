@@ -1,5 +1,11 @@
-"""The one exception that users are meant to read."""
+"""The one exception that users are meant to read, and what other libraries' exceptions say."""
 
 
 class CatsError(ValueError):
     """Something the user can mend. The message is one sentence: what is wrong, where, and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's exception says, to stand within a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
 
 Row = tuple[str, Any]
 """Where it stands, for people, and the row: a dict of columns, or of a .txt file a document."""
@@ -370,7 +370,7 @@ def _read_dataset(
         rows = iter(load_dataset(name, config, split=split, streaming=True))
     except Exception as error:  # datasets raises many kinds, for what is one thing to a user
         raise CatsError(
-            f"{name} is no file, and as a dataset of the hub it cannot be loaded: {_reason(error)}."
+            f"{name} is no file, and as a dataset of the hub it cannot be loaded: {first_line(error)}."
         ) from error
     while True:
         try:
@@ -378,12 +378,9 @@ def _read_dataset(
         except StopIteration:
             return
         except Exception as error:  # as above; and it is read over the network
-            raise CatsError(f"the dataset {name} cannot be read after row {tally.rows}: {_reason(error)}.") from error
+            raise CatsError(
+                f"the dataset {name} cannot be read after row {tally.rows}: {first_line(error)}."
+            ) from error
         tally.rows += 1
         tally.where = f"row {tally.rows} of the dataset {name}"
         yield tally.where, row
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what another library says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".:")

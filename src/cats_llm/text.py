@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cats_llm.chat import Message, conversation, render
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
 from cats_llm.rows import Tally, missing_column, pieces, read_rows
 
 Item = TypeVar("Item")
@@ -180,8 +180,7 @@ def encode(tokenizer: Any, text: str, where: str = "the text", add_special_token
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
     except Exception as error:  # tokenizers raises whatever its parts raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CatsError(f"the tokenizer cannot read {where} ({reason}); mend it or leave it out.") from error
+        raise CatsError(f"the tokenizer cannot read {where} ({first_line(error)}); mend it or leave it out.") from error
     return ids
 
 

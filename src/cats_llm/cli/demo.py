@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.text import Text
 
 from cats_llm import bundled
 from cats_llm.calibration.profile import Profile
@@ -179,14 +180,8 @@ def _show(runs: list[_Run], texts: dict[str, dict[str, str]]) -> None:
     show("token outside its MLPs and fits the caches: cats bench decode measures speed at the size of real models.\n")
     for prompt, continuations in texts.items():
         for name in (runs[0].name, runs[1].name):
-            show(f"[bold]{name}[/bold]: {_escape(prompt)}[italic]{_escape(continuations[name])}[/italic]")
+            show(Text.assemble((name, "bold"), f": {prompt}", (continuations[name], "italic")))
         show("")
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _results(profile: Profile, runs: list[_Run], texts: dict[str, dict[str, str]]) -> dict[str, Any]:

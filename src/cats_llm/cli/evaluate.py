@@ -300,7 +300,7 @@ def default_cache() -> Path:
 def notify(message: str) -> None:
     """Tell the user, once for all processes."""
     if parallel.rank() == 0:
-        progress_console.print(message, markup=False)
+        progress_console.print(message)
 
 
 def show_progress(step: Progress) -> None:

@@ -1,7 +1,6 @@
 """`cats generate`: continue a prompt, streamed."""
 
 import functools
-import sys
 import time
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.cli import options
 from cats_llm.cli.output import percent, progress_console, quiet_libraries
+from cats_llm.cli.streams import read_prompt
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_decode
 from cats_llm.loading import load_model, load_tokenizer
@@ -50,12 +50,12 @@ def command(
     """
     if json is not None:
         check_output(json, force)
+    text = read_prompt(prompt)
     quiet_libraries()
     loaded = load_model(model, dtype, device, revision, trust_remote_code)
     tokenizer = load_tokenizer(model, revision, trust_remote_code)
     if not decode_linears:
         use_decode_linears(loaded, False)
-    text = sys.stdin.read() if prompt == "-" else prompt
     result = run(
         loaded,
         tokenizer,
@@ -73,7 +73,7 @@ def command(
     kind = "dense model" if sparse is None else f"CATS model, {percent(sparse)} gate sparsity at calibration"
     rate = result["tokens_per_second"]
     speed = "" if rate is None else f", {rate:.1f} tokens/s after the first"
-    progress_console.print(f"\n[{kind}] {result['tokens']} tokens{speed}", markup=False)
+    progress_console.print(f"\n[{kind}] {result['tokens']} tokens{speed}")
     if json is not None:
         write_json(json, {"model": model, "sparse": sparse is not None, "prompt": text, **result}, force)
 

@@ -1,11 +1,11 @@
 """Entry point of `cats`: the commands, and how errors end."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from cats_llm.cli import (
     bench,
@@ -19,9 +19,11 @@ from cats_llm.cli import (
     report,
     reproduce,
     sparsify,
+    streams,
     tune,
 )
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
+from cats_llm.evaluation.batch import out_of_memory
 
 app = typer.Typer(
     name="cats",
@@ -39,7 +41,14 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 not read."""
+    streams.print_any_text()
+    with streams.show_log():
+        code = _run(arguments)
+    return streams.finish(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="cats", standalone_mode=False)
@@ -49,11 +58,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; no output was written.", 130)
+    except SystemExit as error:
+        # how typer and rich end a command whose output nobody reads
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return streams.CLOSED_PIPE
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:  # a fault of ours, to be seen whole
+            raise
+        return _fail(sentence, 1)
     return code if isinstance(code, int) else 0
 
 
+def _sentence(error: Exception) -> str | None:
+    """What the machine, and not the program, is at fault for."""
+    if out_of_memory(error):
+        return (
+            f"out of memory ({first_line(error)}); try a smaller --batch-size or --seq-length, --dtype bfloat16, or "
+            "--device auto, where the command has them."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        place = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+        return f"could not read or write{place}: {error.strerror}."
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"{error.object!r} is no UTF-8 text; rename or convert it."
+    return None
+
+
 def _fail(message: str, code: int) -> int:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", markup=False)
+    streams.print_error(message)
     return code
 
 

@@ -10,10 +10,12 @@ from rich.table import Table
 
 Item = TypeVar("Item")
 
+# texts of users are printed as they are, whatever brackets and colons they hold
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 # a file has no width; tables keep theirs there
 _WIDE = 160
-console = Console(highlight=False, width=None if Console().is_terminal else _WIDE)
-progress_console = Console(stderr=True)
+console = Console(**_PLAIN, width=None if Console().is_terminal else _WIDE)
+progress_console = Console(**_PLAIN, stderr=True)
 
 
 def quiet_libraries() -> None:
@@ -28,7 +30,7 @@ def quiet_libraries() -> None:
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
     """Iterate with a progress bar and the time left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -45,7 +47,7 @@ def table(*columns: str) -> Table:
     """A table with the first column to the left and the others, numbers, to the right."""
     made = Table(header_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right")
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     return made
 
 
@@ -65,4 +67,4 @@ def size(number: float) -> str:
 
 def show(value: Any) -> None:
     """Print to stdout; text is not wrapped, tables are."""
-    console.print(value, soft_wrap=isinstance(value, str))
+    console.print(value, soft_wrap=not isinstance(value, Table))

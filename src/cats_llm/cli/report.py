@@ -76,7 +76,7 @@ def command(
     document = page.render_page(collection)
     tables = markdown(collection)
     with write_file(output, force) as temporary:
-        temporary.write_text(document, encoding="utf-8")
+        temporary.write_text(document, encoding="utf-8", errors="backslashreplace")
     if figures is not None:
         page.write_figures(collection, figures, force)
     if markdown_file == _STDOUT:
@@ -84,7 +84,7 @@ def command(
         return
     if markdown_file is not None:
         with write_file(markdown_file, force) as temporary:
-            temporary.write_text(tables, encoding="utf-8")
+            temporary.write_text(tables, encoding="utf-8", errors="backslashreplace")
     for sentence in page.headline(collection):
         show(_plain(sentence))
     written = [str(path) for path in (output, figures, markdown_file) if path is not None]
@@ -147,4 +147,4 @@ def _json(path: Path) -> Any:
 
 
 def _plain(text: str) -> str:
-    return text.replace("\N{NO-BREAK SPACE}", " ").replace("[", r"\[")
+    return text.replace("\N{NO-BREAK SPACE}", " ")

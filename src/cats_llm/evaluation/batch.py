@@ -28,7 +28,7 @@ class BatchSize:
             try:
                 return function(self.value)
             except Exception as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if self.value == 1:
                     raise CatsError(
@@ -44,8 +44,10 @@ class BatchSize:
                 self.notify(f"out of memory: going on with batches of {self.value}")
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # on a CPU it is a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error).lower()
-    )
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that the memory of the GPU or of the machine is full."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # on a CPU, and where CUDA itself fails, it is a plain RuntimeError
+    signs = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
