@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,16 +259,15 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def _read_jsonl(file: Path, columns: Sequence[str] | None, tally: Tally) -> Iterator[Row]:
-    # as in a table, what a row lacks of the columns before it has no value
-    known: dict[str, None] = {}
-    with _open(file) as stream:
+    def rows() -> Iterator[Row]:
         for number, line in enumerate(stream, 1):
             line = line.lstrip("\ufeff")  # where files were joined
             if line.strip():
                 where = f"line {number} of {file}"
-                row = _object(_parse(line, where, tally), where, columns)
-                yield where, known | row
-                known.update(dict.fromkeys(row))
+                yield where, _parse(line, where, tally)
+
+    with _open(file) as stream:
+        yield from _table(rows(), columns)
 
 
 def _read_json(file: Path, columns: Sequence[str] | None, tally: Tally) -> Iterator[Row]:
@@ -279,9 +278,7 @@ def _read_json(file: Path, columns: Sequence[str] | None, tally: Tally) -> Itera
             return
         stream.seek(0)
         rows = _parse(stream.read(), str(file), tally)
-    for number, row in enumerate(rows, 1):
-        where = f"row {number} of {file}"
-        yield where, _object(row, where, columns)
+    yield from _table(((f"row {number} of {file}", row) for number, row in enumerate(rows, 1)), columns)
 
 
 def _parse(text: str, where: str, tally: Tally) -> Any:
@@ -310,12 +307,15 @@ def _mended(value: Any) -> Any:
     return value
 
 
-def _object(row: Any, where: str, columns: Sequence[str] | None) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        kind = "list" if isinstance(row, list) else type(row).__name__
-        lacks = f", so it has no text in the column {columns[0]!r}" if columns else ""
-        raise CatsError(f"{where} is no JSON object but a {kind}{lacks}.")
-    return row
+def _table(rows: Iterable[Row], columns: Sequence[str] | None) -> Iterator[Row]:
+    """JSON rows as those of a table: what one lacks of the columns before it has no value."""
+    known: dict[str, None] = {}
+    for where, row in rows:
+        if not isinstance(row, dict):
+            lacks = f", so it has no text in the column {columns[0]!r}" if columns else ""
+            raise CatsError(f"{where} is no JSON object but a {type(row).__name__}{lacks}.")
+        yield where, known | row
+        known.update(dict.fromkeys(row))
 
 
 def _read_parquet(file: Path, columns: Sequence[str] | None, tally: Tally) -> Iterator[Row]:
