@@ -75,7 +75,7 @@ def _read_stdin() -> str:
         text: str = stdin.read()
     except UnicodeDecodeError as error:
         raise CatsError(
-            f"the prompt on stdin is not {error.encoding.upper()} text (byte {error.start}); convert it."
+            f"the prompt on stdin is not {str(stdin.encoding).upper()} text (byte {error.start}); convert it."
         ) from error
     return text
 
