@@ -194,12 +194,20 @@ def test_without_a_template_or_a_tokenizer_there_is_one_sentence(templated, writ
 
 
 def test_a_template_that_takes_parts_only_gets_parts(templated):
-    # as those of models that see: a content that is no list is passed over in silence
-    tokenizer = templated(
+    # as those of models that see: a content that is no list is passed over in silence, or refused
+    silent = (
         "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
         "{{ part['text'] + '\n' }}{% endfor %}{% endfor %}"
     )
-    assert render([USER, ANSWER], tokenizer, "row 1") == "user: Who is there?\nassistant: The miller.\n"
+    strict = "{% for m in messages %}{{ m['role'] + ': ' + m['content'][0]['text'] + '\n' }}{% endfor %}"
+    for template in (silent, strict):
+        found = render([USER, ANSWER], templated(template), "row 1")
+        assert found == "user: Who is there?\nassistant: The miller.\n"
+
+
+def test_a_template_may_show_texts_in_its_own_way(templated):
+    tokenizer = templated("{% for m in messages %}{{ m['content'] | upper }} {% endfor %}")
+    assert render([USER, ANSWER], tokenizer, "row 1") == "WHO IS THERE? THE MILLER. "
 
 
 def test_special_tokens_come_once(templated, write):

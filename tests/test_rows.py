@@ -235,6 +235,8 @@ def test_of_a_dataset_folder_one_split_is_read(write, tmp_path):
 
 
 def test_what_is_no_file_says_so(tmp_path):
+    with pytest.raises(CatsError, match="no text is named"):
+        documents("")  # and not the folder where the command is run
     with pytest.raises(CatsError, match="too long"):
         documents("some words that were passed in place of a file " * 20)
     with pytest.raises(CatsError, match="looked up"):

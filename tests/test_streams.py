@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 from cats_llm import bundled
+from cats_llm.calibration.profile import Profile
 from cats_llm.cli import output, streams
 from cats_llm.cli.main import main
+from cats_llm.errors import CatsError
 from cats_llm.evaluation.batch import out_of_memory
 
 MODEL = str(bundled.model_path())
@@ -262,3 +264,19 @@ def test_faults_of_ours_are_seen_whole(monkeypatch, error):
     monkeypatch.setattr("cats_llm.cli.generate.load_model", fail)
     with pytest.raises(type(error), match=str(error)):
         main(["generate", MODEL, "--prompt", "x"])
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cats_llm.cli.generate.load_model", interrupt)
+    assert main(["generate", MODEL, "--prompt", "x"]) == 130
+    assert capsys.readouterr().err.strip() == "error: interrupted; no output was written."
+
+
+def test_profiles_under_names_that_are_not_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/profil\xe9.safetensors")
+    Path(path).write_bytes(b"x")
+    with pytest.raises(CatsError, match="is not UTF-8, and safetensors opens no other; rename it"):
+        Profile.load(path)

@@ -64,13 +64,22 @@ def render(messages: list[Message], tokenizer: Any, where: str, generation_promp
         raise CatsError(
             f"{where} has messages, but the tokenizer has no chat template; give prompt and completion, or text."
         )
-    text = _apply(messages, tokenizer, where, generation_prompt)
-    said = [message["content"].strip() for message in messages if message["content"].strip()]
-    if said and not any(content in text for content in said):
-        # templates of models that see take content in parts only, and pass over any other in silence
-        parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        text = _apply(parts, tokenizer, where, generation_prompt)
-    return text
+    # templates of models that see take content in parts only, and refuse any other or pass over it in silence
+    parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    said = [content for message in messages if (content := message["content"].strip())]
+    outcomes: list[str | CatsError] = []
+    for form in (messages, parts):
+        try:
+            text = _apply(form, tokenizer, where, generation_prompt)
+        except CatsError as error:
+            outcomes.append(error)
+            continue
+        if not said or any(content in text for content in said):
+            return text
+        outcomes.append(text)
+    if isinstance(outcomes[0], CatsError):
+        raise outcomes[0]
+    return outcomes[0]
 
 
 def _apply(messages: list[Message], tokenizer: Any, where: str, generation_prompt: bool) -> str:

@@ -120,6 +120,8 @@ def read_rows(
 
 def _look_up(source: str) -> tuple[Path, bool, bool]:
     """The path, and whether it is a folder or a file."""
+    if not source.strip():
+        raise CatsError("no text is named; pass a file, a folder or the name of a dataset.")
     try:
         path = Path(source).expanduser()
         return path, path.is_dir(), path.is_file()

@@ -93,6 +93,10 @@ class Profile:
         if not path.is_file():
             raise CatsError(f"there is no calibration profile {path}; make one with cats calibrate.")
         try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise CatsError(f"the name {path} is not UTF-8, and safetensors opens no other; rename it.") from error
+        try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(_KEY, "null"))
                 if header is None:

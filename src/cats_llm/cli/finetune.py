@@ -26,7 +26,7 @@ def command(
         str,
         typer.Option(
             metavar="FILE|DATASET",
-            help="Text as for cats calibrate, or a .jsonl file of instructions: prompt and completion, or messages.",
+            help="Text as for cats calibrate, or instructions: rows with prompt and completion, or messages.",
             show_default=False,
         ),
     ],

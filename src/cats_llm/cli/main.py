@@ -39,6 +39,8 @@ for module in (calibrate, sparsify, finetune, inspect, generate, evaluate, repor
 # what a wrong command line raises; typer exports only its subclass
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
+_INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 not read."""
@@ -57,7 +59,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except CatsError as error:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; no output was written.", 130)
+        code = _INTERRUPTED
     except SystemExit as error:
         # how typer and rich end a command whose output nobody reads
         if not isinstance(error.__context__, BrokenPipeError):
@@ -68,6 +70,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if sentence is None:  # a fault of ours, to be seen whole
             raise
         return _fail(sentence, 1)
+    if code == _INTERRUPTED:  # newer versions of typer return it
+        return _fail("interrupted; no output was written.", code)
     return code if isinstance(code, int) else 0
 
 

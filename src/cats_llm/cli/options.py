@@ -71,9 +71,9 @@ CalibrationText = Annotated[
     str | None,
     typer.Option(metavar="FILE|DATASET", help="Text to calibrate on, if there is no profile.", show_default=False),
 ]
-TextColumn = Annotated[str, typer.Option(help="Where the text is in .jsonl, .parquet and datasets.")]
+TextColumn = Annotated[str, typer.Option(help="Where the text or conversation is in .jsonl, .parquet and datasets.")]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub dataset.", show_default=False)]
-Split = Annotated[str, typer.Option(help="Split of a hub dataset.")]
+Split = Annotated[str, typer.Option(help="Split of a hub dataset, or of a folder laid out as one.")]
 SeqLength = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences computed at a time.")]
 Seed = Annotated[
