@@ -44,8 +44,9 @@ def parquet(path, table):
 
 def test_rows_without_text_are_left_out_and_counted(write, tmp_path, caplog):
     texts = ["one", None, "", " \n", "two"]
+    nan = {"id": 10, "text": float("nan")}  # as pandas writes a missing value
     rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
-    rows.insert(2, {"id": 9})  # as some writers put a missing value
+    rows[2:2] = [nan, {"id": 9}]  # as some writers put a missing value
     sources = [
         write("a.jsonl", rows),
         write("a.json", json.dumps(rows)),
@@ -102,6 +103,10 @@ class _Tokenizer:
         ("a.jsonl.zst", b"x", "unknown ending; decompress it first"),
         ("a.csv", b"x", "unknown ending; text is read from .txt, .jsonl, .parquet"),
         ("a.parquet.gz", b"x", "unknown ending"),
+        ("a.txt", gzip.compress(b"some text"), "compressed by gzip; call it .gz"),
+        ("a.jsonl", b"PK\x03\x04...", "a zip archive; unpack it first"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n", "pointer .* git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n", "pointer .* git lfs pull"),
     ],
 )
 def test_damage_is_named_with_its_place(write, name, content, message):

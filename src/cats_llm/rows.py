@@ -24,12 +24,17 @@ _GZIP = ".gz"
 _LONGEST_DOCUMENT = 1 << 20
 # of a .parquet file, at most so many rows and bytes are held
 _ROWS, _BYTES = 256, 64 << 20
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
+# how files begin that are no text, and what to do about it
+_NO_TEXT = {
+    codecs.BOM_UTF32_LE: "UTF-32; convert it first: iconv -f UTF-32 -t UTF-8",  # before UTF-16, which it begins like
+    codecs.BOM_UTF32_BE: "UTF-32; convert it first: iconv -f UTF-32 -t UTF-8",
+    codecs.BOM_UTF16_LE: "UTF-16; convert it first: iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16; convert it first: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "compressed by gzip; call it .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; decompress it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
 }
+_POINTER = b"version https://git-lfs."
 # as the hub names the files of a dataset
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}\.(parquet|jsonl|jsonl\.gz)", re.IGNORECASE)
 
@@ -112,6 +117,7 @@ def read_rows(
         if reader is None:
             raise CatsError(f"{file} has an unknown ending; {_advice(file)}.")
         with _reading(file):
+            _refuse_pointer(file)
             for where, row in reader(file, columns, tally):
                 tally.rows += isinstance(row, dict)
                 tally.where = where
@@ -190,6 +196,12 @@ def _reading(file: Path) -> Iterator[None]:
         raise CatsError(f"could not read {file}: {error.strerror or error}.") from error
 
 
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise CatsError(f"{file} is only a pointer to the file, which is kept by git-lfs; fetch it: git lfs pull.")
+
+
 def _place_of_bad_byte(file: Path) -> str:
     start = 0
     with _opener(file)(file, "rb") as stream:
@@ -210,9 +222,9 @@ def _open(file: Path) -> TextIO:
     """The file as UTF-8 text without a byte order mark, every line ended by a line feed."""
     with _opener(file)(file, "rb") as stream:
         head = stream.read(4096)
-    for mark, name in _MARKS.items():
+    for mark, truth in _NO_TEXT.items():
         if head.startswith(mark):
-            raise CatsError(f"{file} is not UTF-8 text but {name}; convert it first: iconv -f {name} -t UTF-8.")
+            raise CatsError(f"{file} is not UTF-8 text but {truth}.")
     if 4 * head.count(0) > len(head):
         raise CatsError(f"{file} is not UTF-8 text: it is full of zero bytes, as UTF-16 and binary files are.")
     return cast("TextIO", _opener(file)(file, "rt", encoding="utf-8-sig"))
@@ -287,7 +299,7 @@ def _parse(text: str, where: str, tally: Tally) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise CatsError(f"{where} is not JSON: {error.msg}.") from error
+        raise CatsError(f"{where} is not JSON: {error.msg}; mend it, or write one row a line.") from error
     except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
         raise CatsError(f"{where} is no JSON that can be read: {error}.") from error
     if "\\ud" in text or "\\uD" in text:

@@ -1,6 +1,7 @@
 """Text for calibration and evaluation: from files or hub datasets to token sequences of one length, streamed."""
 
 import logging
+import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def read_contents(
 
 
 def _content(row: dict[str, Any], text_column: str, where: str) -> Content:
+    # as pandas writes a missing value
+    row = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
     value = row.get(text_column)
     if isinstance(value, str):
         return value.removeprefix("\ufeff")
