@@ -27,11 +27,13 @@ class Examples:
         examples: in the order of the source.
         too_long: how many instructions were left out, since they are longer than a sequence.
         empty: how many rows were left out, since they hold no text.
+        instructions: whether they are that, and not text.
     """
 
     examples: list[Example]
     too_long: int = 0
     empty: int = 0
+    instructions: bool = False
 
 
 def is_instructions(source: str, **reading: Any) -> bool:
@@ -93,7 +95,7 @@ def read_instructions(source: str, tokenizer: Any, length: int, samples: int | N
         )
         raise CatsError(f"{source} holds no instruction to train on: {reason}.")
     log_notes(source, tally)
-    return Examples(examples, too_long, tally.empty)
+    return Examples(examples, too_long, tally.empty, True)
 
 
 def _example_of(content: Content, tokenizer: Any, where: str) -> Example:

@@ -74,7 +74,7 @@ class Sources:
         found = self._read(self.train, tokenizer, self.samples)
         pool = found.examples
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
-        record = {"train": self.train, "kind": "instructions" if self.instructions(self.train) else "text"}
+        record = {"train": self.train, "kind": "instructions" if found.instructions else "text"}
         parts: dict[str, list[Example]] = {}
         for name, source, count in (
             ("heldout", self.heldout, self.heldout_samples),
