@@ -54,6 +54,12 @@ def test_a_file_does_not_become_a_folder_nor_a_folder_a_file(tmp_path):
         pass
 
 
+def test_a_link_to_nothing_is_no_place_to_write(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(CatsError, match="link is a link to nothing"), write_folder(tmp_path / "link", force=True):
+        pass
+
+
 def test_missing_parent(tmp_path):
     with pytest.raises(CatsError, match="does not exist"), write_file(tmp_path / "x" / "y"):
         pass
@@ -148,7 +154,7 @@ class TestWriteCheckpoint:
 
     def test_copies_the_shards_that_the_index_names(self, tmp_path):
         index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
-        shards = {"model-1.safetensors": b"1", "model-2.safetensors": b"2", "stale.safetensors": b"no"}
+        shards = {"model-1.safetensors": b"1", "model-2.safetensors": b"2", "model-3.safetensors": b"no"}
         source = self.source(tmp_path, **{"model.safetensors": None, "model.safetensors.index.json": index}, **shards)
         write_checkpoint(source, tmp_path / "out", self.config)
         names = ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]

@@ -11,13 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cats_llm.checkpoint.config import QUANT_METHOD
+from cats_llm.checkpoint.folder import ADAPTERS as _ADAPTERS
+from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
 from cats_llm.errors import CatsError
 from cats_llm.model.surgery import thresholds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE = "base"
 """Where a folder of adapters that `cats finetune` wrote keeps the model that they belong to."""
-_ADAPTERS = "adapter_config.json"
 
 
 def default_device() -> str:
@@ -140,47 +141,37 @@ def checkpoint_folder(name: str, revision: str | None = None) -> Path:
     """The folder of a model's files, downloaded from the hub if need be.
 
     Raises:
-        CatsError: there is none.
+        CatsError: there is none, or it is damaged.
     """
     check_name(name)
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     from huggingface_hub import snapshot_download
 
+    # at any depth, and all that is in a folder of such a name
+    unwanted = [f"{start}{pattern}{end}" for pattern in LEFT_OUT for start in ("", "*/") for end in ("", "/*")]
     with _loading_errors(name):
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "original/*"]))
+        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=[*unwanted, "pytorch_model*.bin*"]))
+        if not list(folder.glob("model.safetensors*")):  # then there is only the older format
+            folder = Path(snapshot_download(name, revision=revision, ignore_patterns=unwanted))
+    check_name(str(folder))
+    return folder
 
 
 def check_name(name: str) -> None:
     """Tell a missing or damaged folder from the name of a model on the hub.
 
     Raises:
-        CatsError: it is a path to nothing, to a file, or to a folder that holds no model or a damaged one.
+        CatsError: it is a path to nothing, to a file, or to a folder that holds no model or a damaged one, or that a
+            link or the weights' index leads out of.
     """
     folder = Path(name).expanduser()
     if folder.is_file():
         raise CatsError(f"{name} is a file; a model is a folder with config.json and weights, or a name on the hub.")
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise CatsError(f"there is no folder {name}.")
-        return
-    if (folder / _ADAPTERS).is_file() and not (folder / "config.json").is_file():
-        raise CatsError(
-            f"{name} holds adapters beside their model, which cats generate and cats eval can load, and nothing else; "
-            "write a merged model with cats finetune."
-        )
-    if not (folder / "config.json").is_file():
-        raise CatsError(f"the folder {name} has no config.json, so it holds no model.")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CatsError(f"{folder / 'config.json'} is not JSON; the model is damaged.") from error
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CatsError(f"{file} is truncated or damaged ({error}); download or write it again.") from error
+    if folder.is_dir():
+        check_files(read_folder(folder))
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CatsError(f"there is no folder {name}.")
 
 
 def check_sparse(model: Any, name: str) -> None:

@@ -20,8 +20,24 @@ def check_output(path: Path, force: bool) -> None:
     """
     if path.exists() and not force:
         raise CatsError(f"{path} exists already; choose another name, or pass --force to replace it.")
+    if path.is_symlink() and not path.exists():
+        raise CatsError(f"{path} is a link to nothing; remove it, or choose another name.")
     if not path.resolve().parent.is_dir():
         raise CatsError(f"the folder {path.resolve().parent} does not exist; create it first.")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Refuse, before anything is written, an output of ``needed`` bytes that its disk has no room for.
+
+    Raises:
+        CatsError: it has not.
+    """
+    free = shutil.disk_usage(next(parent for parent in path.resolve().parents if parent.exists())).free
+    if needed > free:
+        raise CatsError(
+            f"could not write {path}: No space left on device: it needs {needed / 1e6:,.1f} MB, and "
+            f"{free / 1e6:,.1f} MB are free; nothing was changed."
+        )
 
 
 @contextmanager

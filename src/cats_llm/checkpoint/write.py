@@ -1,67 +1,147 @@
-"""Write a CATS checkpoint from a dense one: the same files to the byte, thresholds in config.json, maybe vectors."""
+"""A CATS checkpoint from a dense one and back: the same files to the byte, and one entry of config.json."""
 
-import json
+import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
-from cats_llm.checkpoint.files import write_folder
+from cats_llm.checkpoint.files import check_space, write_folder
+from cats_llm.checkpoint.folder import ADAPTERS, CONFIG, ModelFolder, read_folder
+from cats_llm.checkpoint.json_text import remove_entry, set_entry
 from cats_llm.checkpoint.vectors import write_vectors
 from cats_llm.errors import CatsError
 
-# what a checkpoint folder may hold beside weights, and in how large a file
-_NO_WEIGHTS = (".json", ".txt", ".model", ".md", ".py", ".jinja", ".tiktoken")
-_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+_ENTRY = "quantization_config"
 
 
-def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = False) -> None:
-    """Copy the checkpoint folder ``source`` to ``out``, put ``config`` into its config.json and its vectors beside it.
+@dataclass(frozen=True)
+class Written:
+    """What came into a new folder.
 
-    Weights are copied as they are, whatever their sharding; optimizer states and other formats are left out.
+    Attributes:
+        weights: the files of the weights, by their path in the folder, with their bytes.
+        linked: whether they are the source's own files, under one more name.
+        left_out: what of the source was not copied, as in `ModelFolder`.
+    """
+
+    weights: dict[str, int]
+    linked: bool
+    left_out: dict[str, int]
+
+
+def check_source(source: Path, out: Path) -> ModelFolder:
+    """Refuse, before any long work, a model that could not become a CATS checkpoint in the folder ``out``.
 
     Raises:
-        CatsError: ``source`` is quantised by another method or holds no weights, the config's vectors are not read
-            yet, or ``out`` cannot be written. ``out`` is then as it was.
+        CatsError: as `write_checkpoint`.
     """
-    if out.exists() and out.resolve() == source.resolve():
-        raise CatsError(f"{out} is the model itself; write the CATS checkpoint to another folder.")
-    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    method = (values.get("quantization_config") or {}).get("quant_method", QUANT_METHOD)
+    folder = _check_copy(source, out)
+    method = _method(folder, QUANT_METHOD)
     if method != QUANT_METHOD:
         raise CatsError(f"{source} is already quantised with {method}; start from the unquantised model.")
-    values["quantization_config"], vectors = config.to_dict(), config.vectors
-    with write_folder(out, force) as folder:
-        for file in [*_weights(source), *_others(source)]:
-            shutil.copyfile(file, folder / file.name)
-        if (source / "additional_chat_templates").is_dir():
-            shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = False) -> Written:
+    """Copy the model's folder ``source`` to ``out``, put ``config`` into its config.json and its vectors beside it.
+
+    All files are copied as they are, those of subfolders too, but what `read_folder` leaves out.
+
+    Raises:
+        CatsError: ``source`` is quantised by another method, holds no weights or leads out of itself, the config's
+            vectors are not read yet, or ``out`` cannot be written. ``out`` is then as it was.
+    """
+    folder = check_source(source, out)
+    entry, vectors = config.to_dict(), config.vectors
+    with write_folder(out, force) as new:
+        _copy(folder, new)
+        _write_text(new / CONFIG, set_entry(_text(folder), _ENTRY, entry))
         if vectors is not None:
-            write_vectors(folder, vectors)
+            write_vectors(new, vectors)
+    return _written(folder, linked=False)
 
 
-def _weights(source: Path) -> list[Path]:
-    """The files that transformers would load, and their index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = source / f"{name}.index.json"
-        if (source / name).is_file():
-            return [source / name]
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [shard for shard in shards if not (source / shard).is_file()]
-            if missing:
-                raise CatsError(f"{source} lacks {missing[0]}, which its index names; download the model again.")
-            return [index, *(source / shard for shard in shards)]
-    raise CatsError(f"{source} holds no weights (model.safetensors or pytorch_model.bin).")
+def write_dense_checkpoint(source: Path, out: Path, force: bool = False, link: bool = False) -> Written:
+    """Copy the CATS checkpoint ``source`` to ``out`` without what makes it one: the dense model's folder.
+
+    Weight files are the same to the byte, and config.json is what it was before `write_checkpoint`. A ReLUfied model
+    stays one, since its own config.json says so.
+
+    Args:
+        link: let the weight files be hard links, which cost no time and space, but are one file under two names: a
+            program that writes into one in place changes both. Where the disk refuses, they are copied.
+
+    Raises:
+        CatsError: ``source`` is no CATS checkpoint, holds no weights or leads out of itself, or ``out`` cannot be
+            written. ``out`` is then as it was.
+    """
+    folder = _check_copy(source, out, with_weights=not link)
+    method = _method(folder, None)
+    if method != QUANT_METHOD:
+        reason = "its config.json has no quantization_config" if method is None else f"it is quantised with {method}"
+        raise CatsError(f"{source} is no CATS checkpoint: {reason}.")
+    with write_folder(out, force) as new:
+        linked = link and _link(folder, new)
+        _copy(folder, new, folder.others if linked else folder.files)
+        _write_text(new / CONFIG, remove_entry(_text(folder), _ENTRY))
+    return _written(folder, linked)
 
 
-def _others(source: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in source.iterdir()
-        if file.is_file()
-        and (file.suffix in _NO_WEIGHTS or file.name in _NAMES)
-        and not file.name.endswith(".index.json")
-        and not file.name.startswith(("trainer_state", "."))
-    )
+def _check_copy(source: Path, out: Path, with_weights: bool = True) -> ModelFolder:
+    """A model's folder that can be copied to ``out``."""
+    if out.exists() and out.resolve() == source.resolve():
+        raise CatsError(f"{out} is the model itself; write to another folder.")
+    for inner, outer in ((out, source), (source, out)):
+        if inner.resolve().is_relative_to(outer.resolve()):
+            raise CatsError(f"{inner} lies inside {outer}; write to a folder beside the model.")
+    folder = read_folder(source)
+    if not folder.weights:
+        raise CatsError(f"{source} holds no weights (model.safetensors or pytorch_model.bin).")
+    if ADAPTERS in folder.others:
+        raise CatsError(f"{source} holds adapters beside the model; merge them into it first (cats finetune does).")
+    check_space(out, sum(_sizes(folder, folder.files if with_weights else folder.others).values()))
+    return folder
+
+
+def _method(folder: ModelFolder, default: str | None) -> Any:
+    entry = folder.config.get(_ENTRY)
+    return entry.get("quant_method", default) if isinstance(entry, dict) else default
+
+
+def _sizes(folder: ModelFolder, names: Iterable[str]) -> dict[str, int]:
+    return {name: (folder.path / name).stat().st_size for name in names}
+
+
+def _written(folder: ModelFolder, linked: bool) -> Written:
+    return Written(_sizes(folder, folder.weights), linked, folder.left_out)
+
+
+def _copy(folder: ModelFolder, new: Path, names: Iterable[str] | None = None) -> None:
+    for name in folder.files if names is None else names:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder.path / name, new / name)
+
+
+def _link(folder: ModelFolder, new: Path) -> bool:
+    """Link the weight files, and say whether the disk could."""
+    try:
+        for name in folder.weights:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link((folder.path / name).resolve(), new / name)
+    except OSError:
+        for name in folder.weights:
+            (new / name).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _text(folder: ModelFolder) -> str:
+    # bytes: reading as text would change the ends of lines
+    return (folder.path / CONFIG).read_bytes().decode("utf-8")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("utf-8"))

@@ -11,6 +11,7 @@ from cats_llm.cli import (
     bench,
     calibrate,
     demo,
+    densify,
     env,
     evaluate,
     finetune,
@@ -33,7 +34,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (calibrate, sparsify, finetune, inspect, generate, evaluate, report, reproduce, bench, tune, env, demo):
+for module in (
+    calibrate,
+    sparsify,
+    densify,
+    finetune,
+    inspect,
+    generate,
+    evaluate,
+    report,
+    reproduce,
+    bench,
+    tune,
+    env,
+    demo,
+):
     module.add_to(app)
 
 # what a wrong command line raises; typer exports only its subclass

@@ -1,7 +1,7 @@
 """What commands print: tables on stdout, progress on stderr."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Item = TypeVar("Item")
+_MOST_NAMES = 12
 
 # texts of users are printed as they are, whatever brackets and colons they hold
 _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -63,6 +64,14 @@ def size(number: float) -> str:
             return f"{number:.{0 if unit == 'B' else 2}f} {unit}"
         number /= 1000
     raise AssertionError
+
+
+def show_left_out(left_out: Mapping[str, int]) -> None:
+    """Say which files of a model's folder were not copied; nothing if there are none."""
+    if left_out:
+        names = [f"{name} ({size(number)})" for name, number in left_out.items()]
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        show(f"left out, no part of the model: {', '.join(names[:_MOST_NAMES])}{more}")
 
 
 def show(value: Any) -> None:

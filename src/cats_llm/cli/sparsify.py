@@ -8,9 +8,10 @@ import typer
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.checkpoint.files import check_output, write_json
-from cats_llm.checkpoint.write import write_checkpoint
+from cats_llm.checkpoint.tensors import check_tensors
+from cats_llm.checkpoint.write import check_source, write_checkpoint
 from cats_llm.cli import calibrate, criterion, options
-from cats_llm.cli.output import percent, quiet_libraries, show
+from cats_llm.cli.output import percent, quiet_libraries, show, show_left_out
 from cats_llm.loading import checkpoint_folder, load_model, load_skeleton, load_tokenizer
 from cats_llm.model.accounting import sparsity_of
 from cats_llm.model.structure import find_gated_mlps
@@ -52,8 +53,9 @@ def command(
 ) -> None:
     """Write a CATS checkpoint: the model's own files, and thresholds in config.json.
 
-    The weights are copied byte for byte; --device and --dtype matter only for calibration. A criterion other than the
-    paper's costs less quality at the same speed, takes longer to calibrate, and adds a small file, cats.safetensors.
+    The weights are copied byte for byte; --device and --dtype matter only for calibration. Hidden and backup files,
+    states of training and weights in other formats are left out, and named. A criterion other than the paper's costs
+    less quality at the same speed, takes longer to calibrate, and adds a small file, cats.safetensors.
 
     Example: **cats sparsify mistralai/Mistral-7B-v0.1 mistral-cats50 --sparsity 0.5 --profile mistral.safetensors**
     """
@@ -70,6 +72,12 @@ def command(
     # before gigabytes of weights are read
     skeleton = load_skeleton(model, revision, trust_remote_code)
     find_gated_mlps(skeleton)
+    source = checkpoint_folder(model, revision)
+    check_source(source, out)
+    unused = check_tensors(skeleton, source)
+    if unused:
+        names = f"{unused[0]}{', ...' * (len(unused) > 1)}"
+        show(f"copied, but no part of the model that config.json describes: {len(unused)} weights ({names})")
     choice = None
     k = asked.gate_sparsity(skeleton)
     if asked.profile_is_enough and profile is not None and k is not None:
@@ -92,13 +100,14 @@ def command(
             str(data),
             reading,
         )
-    write_checkpoint(checkpoint_folder(model, revision), out, config, force)
+    written = write_checkpoint(source, out, config, force)
     achieved = sparsity_of(skeleton, config.layer_sparsity)
     if choice is not None:
         criterion.show_choice(choice, by_divergence=max_perplexity_increase is None)
     if json is not None:
-        facts = {"out": str(out), "config": config.to_dict(), "sparsity": vars(achieved)}
+        facts = {"out": str(out), "config": config.to_dict(), "sparsity": vars(achieved), "left_out": written.left_out}
         write_json(json, facts | ({"measured": choice.measured} if choice is not None else {}), force)
+    show_left_out(written.left_out)
     shares = config.layer_sparsity.values()
     layers = (
         f"; layers from {percent(min(shares))} to {percent(max(shares))}" if max(shares) - min(shares) > 0.01 else ""
