@@ -163,13 +163,13 @@ def check_name(name: str) -> None:
 
     Raises:
         CatsError: it is a path to nothing, to a file, or to a folder that holds no model or a damaged one, or that a
-            link or the weights' index leads out of.
+            weights' index leads out of.
     """
     folder = Path(name).expanduser()
     if folder.is_file():
         raise CatsError(f"{name} is a file; a model is a folder with config.json and weights, or a name on the hub.")
     if folder.is_dir():
-        check_files(read_folder(folder))
+        check_files(read_folder(folder, links_may_leave=True))
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CatsError(f"there is no folder {name}.")
 

@@ -58,8 +58,12 @@ class ModelFolder:
         return self.weights + self.others
 
 
-def read_folder(path: Path) -> ModelFolder:
+def read_folder(path: Path, links_may_leave: bool = False) -> ModelFolder:
     """List a model's folder. Only config.json and the weights' index are read.
+
+    Args:
+        links_may_leave: let links lead anywhere, since nothing is to be copied: who keeps weights on another disk has
+            made them. What the index names stays inside in any case, since somebody else wrote that.
 
     Raises:
         CatsError: there is no model, one in a form that transformers does not load, its index is damaged or names what
@@ -67,13 +71,14 @@ def read_folder(path: Path) -> ModelFolder:
     """
     if not (path / CONFIG).is_file() and not (path / CONFIG).is_symlink():
         raise CatsError(_elsewhere(path) or f"the folder {path} has no config.json, so it holds no model.")
-    files, left_out = _walk(path)
+    root = None if links_may_leave else path
+    files, left_out = _walk(path, root)
     config = _read_object(path / CONFIG)
-    weights = _weights(path, config)
+    weights = _weights(path, config, root)
     if not weights and (hint := _elsewhere(path)) is not None:
         raise CatsError(hint)
     for name in set(weights) - files.keys():
-        _check_link(path / name, path)  # one that has a name of those that are left out
+        _check_link(path / name, root)  # one that has a name of those that are left out
         left_out.pop(name, None)
     again = {name: size for name, size in files.items() if name not in weights and _matches(name, _AGAIN)}
     others = files.keys() - again.keys() - set(weights)
@@ -142,7 +147,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weights(path: Path, config: dict[str, Any]) -> list[str]:
+def _weights(path: Path, config: dict[str, Any], root: Path | None) -> list[str]:
     """The files that transformers loads, in its order of preference: the index first, then its shards."""
     named = config.get("transformers_weights")
     candidates = [f"{name}{end}" for name in _FORMATS for end in ("", _INDEX)]
@@ -150,14 +155,14 @@ def _weights(path: Path, config: dict[str, Any]) -> list[str]:
         candidates = [_safe(named, f"transformers_weights in {path / CONFIG}")]
     for name in candidates:
         if os.path.lexists(path / name):
-            _check_link(path / name, path)
-            return [name, *_shards(path, name)] if name.endswith(_INDEX) else [name]
+            _check_link(path / name, root)
+            return [name, *_shards(path, name, root)] if name.endswith(_INDEX) else [name]
     if named is not None:
         raise CatsError(f"{path} lacks {named}, which its config.json names; {_ADVICE}.")
     return []
 
 
-def _shards(path: Path, name: str) -> list[str]:
+def _shards(path: Path, name: str, root: Path | None) -> list[str]:
     """The files that an index names."""
     index = path / name
     names = _read_object(index).get("weight_map")
@@ -169,7 +174,7 @@ def _shards(path: Path, name: str) -> list[str]:
             raise CatsError(f"{index} names {shard}, which is no file of weights; {_ADVICE}.")
         if not os.path.lexists(path / shard):
             raise CatsError(f"{path} lacks {shard}, which its index names; {_ADVICE}.")
-        _check_link(path / shard, path)
+        _check_link(path / shard, root)
     return shards
 
 
@@ -185,7 +190,7 @@ def _safe(name: object, where: str) -> str:
     return PurePosixPath(name).as_posix()
 
 
-def _walk(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+def _walk(path: Path, root: Path | None) -> tuple[dict[str, int], dict[str, int]]:
     """The size of every file that belongs to a model, and of every file or folder that does not."""
     files: dict[str, int] = {}
     left_out: dict[str, int] = {}
@@ -196,7 +201,7 @@ def _walk(path: Path) -> tuple[dict[str, int], dict[str, int]]:
             if _matches(name, LEFT_OUT):
                 folders.remove(name)
                 left_out[f"{relative}/"] = _size_of_tree(here / name)
-            elif (here / name).is_symlink():
+            elif (here / name).is_symlink() and root is not None:
                 raise CatsError(
                     f"{here / name} is a link to another folder, which is not followed; put the folder itself in its "
                     "place, or remove the link."
@@ -206,7 +211,7 @@ def _walk(path: Path) -> tuple[dict[str, int], dict[str, int]]:
             if _matches(name, LEFT_OUT):
                 left_out[relative] = (here / name).lstat().st_size
             else:
-                files[relative] = _check_link(here / name, path)
+                files[relative] = _check_link(here / name, root)
     return files, left_out
 
 
@@ -224,8 +229,11 @@ def _size_of_tree(path: Path) -> int:
     return sum((Path(place) / name).lstat().st_size for place, _, names in os.walk(path) for name in names)
 
 
-def _check_link(path: Path, root: Path) -> int:
+def _check_link(path: Path, root: Path | None) -> int:
     """The size of a plain file that lies inside the folder, or in the hub's cache that the folder is a part of.
+
+    Args:
+        root: the folder; None if the file may lie anywhere.
 
     Raises:
         CatsError: it is a link to elsewhere or to nothing, or no plain file.
@@ -235,7 +243,7 @@ def _check_link(path: Path, root: Path) -> int:
         facts = target.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
         raise CatsError(f"{path} is a link to nothing; copy or download the file again.") from error
-    if not any(target.is_relative_to(place) for place in _own_places(root.resolve())):
+    if root is not None and not any(target.is_relative_to(place) for place in _own_places(root.resolve())):
         raise CatsError(
             f"{path} is a link that leads out of the model's folder, to {target}; put the file itself in its place if "
             "it belongs to the model, else remove the link."
