@@ -208,7 +208,7 @@ def test_a_column_of_text_is_text(instructions):
 def test_batches_are_padded_and_say_so(tokenizer):
     one = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([IGNORED, 6, 7])}
     two = {"input_ids": torch.tensor([8]), "labels": torch.tensor([8])}
-    batch = collator(tokenizer)([one, two])
+    batch = collator()([one, two])
     assert batch["input_ids"][0].tolist() == [5, 6, 7]
     assert batch["input_ids"][1, 0] == 8
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -294,7 +294,7 @@ def test_measurements_are_those_of_plain_pytorch(llama, tokenizer):
     labels[:, :20] = IGNORED
     examples = [{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)]
     examples.append({"input_ids": ids[0, :30], "labels": labels[0, :30]})
-    found = measure(model, examples, collator(tokenizer), 2)
+    found = measure(model, examples, collator(), 2)
     total, tokens = 0.0, 0
     for example in examples:
         logits = llama.reference_logits[0, :30] if len(example["labels"]) == 30 else None
@@ -310,7 +310,7 @@ def test_measurements_are_those_of_plain_pytorch(llama, tokenizer):
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert found["sparsity"]["gate"] == pytest.approx(0.5, abs=0.1)
-    assert "sparsity" not in measure(llama.dense, examples, collator(tokenizer), 2)
+    assert "sparsity" not in measure(llama.dense, examples, collator(), 2)
 
 
 # settings

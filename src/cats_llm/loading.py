@@ -1,6 +1,7 @@
 """Load models and tokenizers for the command line, with errors for users."""
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cats_llm.architecture import build_skeleton, model_class
 from cats_llm.checkpoint.config import QUANT_METHOD
 from cats_llm.checkpoint.folder import ADAPTERS as _ADAPTERS
 from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
 from cats_llm.errors import CatsError
 from cats_llm.model.surgery import thresholds
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE = "base"
@@ -33,7 +37,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A causal language model from the hub or a folder, dense or CATS, in eval mode.
+    """A model from the hub or a folder, dense or CATS, of the class that it was saved as, in eval mode.
 
     A folder of PEFT adapters gives the model that they belong to with the adapters in it.
 
@@ -43,10 +47,8 @@ def load_model(
         device: "cpu", "cuda", "cuda:1" ..., or "auto" to spread the model over all there are.
 
     Raises:
-        CatsError: it does not exist, is damaged, lacks weights, or is no causal language model.
+        CatsError: it does not exist, is damaged, lacks weights, or is of no class that transformers has.
     """
-    from transformers import AutoModelForCausalLM
-
     if (Path(name).expanduser() / _ADAPTERS).is_file():
         folder = Path(name).expanduser()
         base = load_model(_base_of(folder), dtype, device, None, trust_remote_code)
@@ -54,13 +56,16 @@ def load_model(
     check_name(name)
     device = device or default_device()
     with _loading_errors(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = _load_config(name, revision, trust_remote_code)
+        model, info = model_class(config, trust_remote_code).from_pretrained(
             name,
+            config=config,
             dtype=dtype,
             device_map=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **_valid_generation(name, revision),
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -114,12 +119,29 @@ def attach_adapters(model: Any, folder: Path) -> Any:
 
 def load_skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The dense model's structure on the meta device: shapes and names without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     check_name(name)
     with _loading_errors(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return build_skeleton(_load_config(name, revision, trust_remote_code), trust_remote_code)
+
+
+def _valid_generation(name: str, revision: str | None) -> dict[str, Any]:
+    """What to pass to ``from_pretrained`` so that a generation_config.json of invalid values does not stop it."""
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:
+        return {}  # there is none, and transformers knows what to do
+    except Exception as error:  # of a file that may hold anything
+        logger.warning("generation_config.json of %s is left out: %s", name, _reason(error))
+        return {"generation_config": GenerationConfig()}
+    return {}
+
+
+def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -196,5 +218,35 @@ def _loading_errors(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise CatsError(f"{name} does not fit on the device; try --device auto or --dtype bfloat16.") from error
     except Exception as error:  # transformers raises whatever its parts raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CatsError(f"could not load {name}: {lines[0].strip().rstrip('.:')}.") from error
+        raise CatsError(f"could not load {name}: {_reason(error)}.") from error
+
+
+# what transformers says, and what a user of the command line should do
+_ADVICE = (
+    ("trust_remote_code", "its code comes with the checkpoint; pass --trust-remote-code to run it"),
+    (
+        "does not recognize this arch",
+        "this transformers does not know its model_type; pip install --upgrade transformers",
+    ),
+    (
+        "backend tokenizer from one of",
+        "there are no tokenizer files that can be read; put those of its model there, or "
+        "pip install sentencepiece tiktoken protobuf if they are tokenizer.model or of tiktoken",
+    ),
+    ("gated repo", "it is gated; accept its terms on the hub and log in with hf auth login"),
+    (
+        "couldn't connect to",
+        "the hub cannot be reached and it was not downloaded before; check the name, or give a folder",
+    ),
+)
+
+
+def _reason(error: Exception) -> str:
+    """An error of loading in one line, without a full stop."""
+    text = str(error).strip()
+    for part, advice in _ADVICE:
+        if part in text:
+            return advice
+    line = (text.splitlines() or [""])[0].strip().rstrip(".:")
+    bare = not line or isinstance(error, (KeyError, AttributeError, IndexError, TypeError))
+    return f"{type(error).__name__} {line}".strip() if bare else line

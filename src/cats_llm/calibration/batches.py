@@ -1,52 +1,227 @@
-"""What calibration runs on: batches of tokens, and the pass of one through the decoder."""
+"""What calibration runs on: the text in the forms that people have it in, and its pass through the decoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from reprlib import repr as short
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cats_llm.architecture import check_predicts_tokens
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
 from cats_llm.model.coverage import sparse_tokens
 from cats_llm.model.structure import unwrap
+from cats_llm.model.tokens import check_positions, check_tokens
 
-Batch = Tensor | Mapping[str, Tensor]
-"""input_ids (B, T), or a dict of input_ids and, for padded sequences, attention_mask (B, T)."""
+CalibrationData = Iterable[Any]
+"""One batch or many, in any form that `read_batches` takes."""
+
+Inputs = dict[str, Tensor]
+"""input_ids, int64 (B, T), and attention_mask (B, T) where some of the tokens are padding."""
+
+_TAKEN = (
+    "pass a tensor of token numbers (sequences, tokens), lists of token numbers, a tokenizer's output, texts together "
+    "with tokenizer=, or an iterable of any of these, as a DataLoader"
+)
 
 
-def check_batch(batch: Batch) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The batch as inputs of a model, and which of its tokens count: bool (B * T,), or None if all do.
+def read_batches(model: nn.Module, data: CalibrationData, tokenizer: Any = None) -> Iterator[Inputs]:
+    """The calibration text as inputs of a model, one batch at a time.
+
+    Args:
+        model: what they are for; tokens that it has no embedding for are refused.
+        data: one batch, or an iterable of batches, which is consumed one at a time. A batch is
+
+            - token numbers as a tensor or numpy array (B, T) or (T,), or as lists, a list a sequence; lists of
+              different lengths are sequences of their own;
+            - a mapping of ``input_ids`` in one of these forms and maybe an ``attention_mask`` of the same shape, as a
+              tokenizer returns it, or a list of such mappings; other keys are left out;
+            - a tuple or list of tensors as a DataLoader over a TensorDataset gives it: input_ids, then maybe an
+              attention_mask (of the same shape, only 0 and 1); what follows is left out;
+            - a text or a list of texts, with ``tokenizer``.
+        tokenizer: for texts, and to name tokens in errors.
 
     Raises:
-        CatsError: it has no input_ids, or they are not (sequences, tokens), or the mask has another shape.
+        CatsError: it is something else, or holds tokens that the model cannot read.
     """
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    ids = inputs.get("input_ids")
-    if ids is None:
-        raise CatsError(f"a calibration batch has no input_ids, only {', '.join(map(str, inputs)) or 'nothing'}.")
-    if ids.dim() != 2:
-        raise CatsError(f"a calibration batch has the shape {tuple(ids.shape)}; it must be (sequences, tokens).")
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape != ids.shape:
+    for ids, mask in _all_parts(data, tokenizer):
+        if ids.dim() != 2:
+            raise CatsError(
+                f"a calibration batch has the shape {tuple(ids.shape)}; it must be (sequences, tokens) or (tokens,)."
+            )
+        if mask is not None and mask.dim() == 1 and len(ids) == 1:
+            mask = mask[None]
+        if mask is not None and mask.shape != ids.shape:
+            raise CatsError(
+                f"a calibration batch has input_ids of shape {tuple(ids.shape)} but an attention_mask of shape "
+                f"{tuple(mask.shape)}; they must be equal."
+            )
+        check_positions(model, ids.shape[1])
+        if mask is None:
+            check_tokens(model, ids, tokenizer)
+            yield {"input_ids": ids}
+            continue
+        # nobody reads the padding, so what stands there need not be a token of the model
+        ids = ids.masked_fill(mask.to(ids.device) == 0, 0)
+        check_tokens(model, ids, tokenizer)
+        yield {"input_ids": ids, "attention_mask": mask}
+
+
+_Part = tuple[Tensor, Tensor | None]
+
+
+def _all_parts(data: Any, tokenizer: Any) -> Iterator[_Part]:
+    """Input ids and mask of every batch, not checked yet."""
+    pair = isinstance(data, (list, tuple)) and len(data) == 2 and _is_masked(data)
+    if isinstance(data, (str, Mapping)) or _is_array(data) or _is_sequence(data) or pair:
+        data = [data]
+    if isinstance(data, (bytes, nn.Module)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise CatsError(f"calibration data is {_described(data)}; {_TAKEN}.")
+    for item in data:
+        yield from _parts(item, tokenizer)
+
+
+def _parts(item: Any, tokenizer: Any) -> Iterator[_Part]:
+    if isinstance(item, str):
+        yield from _parts(_tokenized(item, tokenizer), None)
+    elif isinstance(item, Mapping):
+        yield from _from_mapping(item)
+    elif _is_array(item) or _is_sequence(item):
+        yield from ((ids, None) for ids in _blocks(item))
+    elif not isinstance(item, (list, tuple)):
+        raise CatsError(f"a calibration batch is {_described(item)}; {_TAKEN}.")
+    elif _is_masked(item):
+        yield from _from_mapping({"input_ids": item[0], "attention_mask": item[1]})
+    elif item and _is_array(item[0]) and item[0].ndim > 1:
+        yield from ((ids, None) for ids in _blocks(item[0]))
+    elif item and all(map(_is_sequence, item)):
+        yield from ((ids, None) for ids in _blocks(item))
+    else:
+        for part in item:
+            yield from _parts(part, tokenizer)
+
+
+def _from_mapping(batch: Mapping[str, Any]) -> Iterator[_Part]:
+    if batch.get("input_ids") is None:
+        raise CatsError(f"a calibration batch has no input_ids, only {', '.join(map(str, batch)) or 'nothing'}.")
+    ids, mask = _blocks(batch["input_ids"]), batch.get("attention_mask")
+    masks = [None] * len(ids) if mask is None else _blocks(mask, "attention_mask")
+    if len(masks) != len(ids):
+        raise CatsError(f"a calibration batch has {len(ids)} sequences but an attention_mask of {len(masks)}.")
+    yield from zip(ids, masks, strict=True)
+
+
+def _blocks(values: Any, name: str = "input_ids") -> list[Tensor]:
+    """Tensors (B, T): one if it is one or all sequences are of one length, else one a sequence."""
+    if _is_array(values) or _is_sequence(values):
+        tensor = _tensor(values, name)
+        return [tensor[None] if tensor.dim() == 1 and name == "input_ids" else tensor]
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        raise CatsError(f"{name} of a calibration batch is {_described(values)}; {_TAKEN}.")
+    rows = [_tensor(row, name) if _is_array(row) or _is_sequence(row) else _refused(row, name) for row in values]
+    if len({row.shape for row in rows}) == 1:
+        return [torch.stack(rows)]
+    return [row[None] for row in rows]
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """As a tensor; token numbers in int64.
+
+    Raises:
+        CatsError: they are no whole numbers.
+    """
+    if isinstance(values, Tensor):
+        tensor = values
+    else:
+        try:
+            array = np.asarray(values)
+            tensor = torch.from_numpy(
+                np.ascontiguousarray(array.astype(np.int64) if array.dtype.kind in "iu" else array)
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CatsError(f"{name} of a calibration batch is {_described(values)}; {_TAKEN}.") from error
+    if not tensor.numel() or name != "input_ids":
+        return tensor if tensor.numel() else tensor.long()
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise CatsError(
-            f"a calibration batch has input_ids of shape {tuple(ids.shape)} but an attention_mask of shape "
-            f"{tuple(mask.shape)}; they must be equal."
+            f"{name} of a calibration batch holds {str(tensor.dtype).removeprefix('torch.')} values, which are no "
+            f"token numbers; {_TAKEN}."
         )
-    known = {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
-    return known, None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
+    return tensor.long()
+
+
+def _tokenized(text: str, tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise CatsError(
+            f"the calibration data holds a text ({short(text)}); pass tokenizer= with it, or token numbers."
+        )
+    try:
+        return {"input_ids": tokenizer(text, verbose=False)["input_ids"]}
+    except (TypeError, ValueError) as error:  # as for a lone surrogate
+        raise CatsError(f"the tokenizer cannot read the calibration text {short(text)}; leave it out.") from error
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object)
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether it is a list of numbers: one sequence. What numbers, `_tensor` looks at."""
+    if isinstance(value, Tensor | np.ndarray):
+        return _is_array(value) and value.ndim == 1
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(v, (int, float, np.generic)) for v in value)
+    )
+
+
+def _is_masked(item: Sequence[Any]) -> bool:
+    """Whether tensors are input_ids and attention_mask, as they come from a TensorDataset."""
+    if len(item) < 2 or not (_is_array(item[0]) and _is_array(item[1])) or item[0].shape != item[1].shape:
+        return False
+    ids, mask = (torch.as_tensor(part) for part in item[:2])
+    return bool(((mask == 0) | (mask == 1)).all()) and not bool(((ids == 0) | (ids == 1)).all())
+
+
+def _refused(value: Any, name: str) -> Tensor:
+    raise CatsError(f"{name} of a calibration batch holds {_described(value)}; {_TAKEN}.")
+
+
+def _described(value: Any) -> str:
+    return "None" if value is None else f"{short(value)}, a {type(value).__name__}"
 
 
 def run_decoder(model: nn.Module, inputs: Mapping[str, Tensor], head: bool = False) -> Any:
-    """Call the language model, without its head unless the logits are needed."""
+    """Call the language model, without its head unless the logits are needed.
+
+    Raises:
+        CatsError: the model does not run on text alone, or has no head that predicts tokens.
+    """
     base: Any = unwrap(model)
+    if head:
+        check_predicts_tokens(model, "comparing predictions")
     body = base.base_model if hasattr(base, "base_model") else base
     device = body.get_input_embeddings().weight.device
     if device.type == "meta":  # offloaded: hooks bring inputs where they belong
         device = torch.device("cpu")
     called = base if head else body
-    return called(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+    try:
+        return called(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+    except CatsError:
+        raise
+    except (TypeError, ValueError) as error:  # how models miss an input
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CatsError(f"{type(base).__name__} does not run on text alone ({reason}).") from error
+
+
+def padding_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Which tokens of a batch count, bool (B * T,); None if all do."""
+    mask = inputs.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
 
 
 def sum_over_processes(tensors: list[Tensor]) -> None:
@@ -71,12 +246,13 @@ class CalibrationText:
         coverage: while calibrating.
     """
 
-    def __init__(self, batches: Sequence[Batch], coverage: Coverage) -> None:
+    def __init__(self, batches: Iterable[Inputs], coverage: Coverage) -> None:
         self.coverage = coverage
         self.inputs: list[dict[str, Tensor]] = []
         self.counted: list[Tensor | None] = []
         totals = torch.zeros(2, dtype=torch.int64)
-        for inputs, mask in map(check_batch, batches):
+        for inputs in batches:
+            mask = padding_mask(inputs)
             if inputs["input_ids"].numel():
                 sparse = sparse_tokens(coverage, inputs)
                 if isinstance(sparse, Tensor):

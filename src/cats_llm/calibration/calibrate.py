@@ -1,6 +1,7 @@
 """Run text through the dense model and record how large its gate activations are."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
@@ -8,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import Batch, check_batch, run_decoder, sum_over_processes
+from cats_llm.architecture import check_reads_text
+from cats_llm.calibration.batches import (
+    CalibrationData,
+    Inputs,
+    padding_mask,
+    read_batches,
+    run_decoder,
+    sum_over_processes,
+)
 from cats_llm.calibration.histogram import GateHistogram
-from cats_llm.calibration.profile import Profile
+from cats_llm.calibration.profile import NOT_RUN, Profile
 from cats_llm.errors import CatsError
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import (
@@ -25,9 +34,11 @@ from cats_llm.model.structure import (
 from cats_llm.model.surgery import dense_function
 from cats_llm.versions import versions
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Batch], data: str | None = None) -> Profile:
+def calibrate(model: nn.Module, batches: CalibrationData, data: str | None = None, tokenizer: Any = None) -> Profile:
     """One pass over the batches through the dense model (paper, section 3.1).
 
     Memory is 8 MiB a layer whatever the number of tokens. Padding, where attention_mask is 0, is not counted. Under
@@ -35,26 +46,46 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], data: str | None = Non
     calibrated as the dense model it came from.
 
     Args:
-        model: a causal language model with gated MLPs, on any device or spread over several.
-        batches: `Batch`es, consumed one at a time.
+        model: a model of text with gated MLPs, with any head or none, on any device or spread over several. Layers
+            that text does not reach, as those that attend to images, stay dense: see `Profile.not_run`.
+        batches: the text, see `read_batches`; consumed one batch at a time.
         data: what the text is, for the record.
+        tokenizer: needed where the text comes as strings.
 
     Returns:
         The profile, from which thresholds for any sparsity follow.
 
     Raises:
-        CatsError: no gated MLP, no tokens, or activations that are NaN or infinite.
+        CatsError: no gated MLP, an encoder-decoder, no tokens or such as the model cannot read, or activations that
+            are NaN or infinite.
     """
     mlps = find_gated_mlps(model)
     counter = _Counter(mlps)
     with evaluated(model), dense_function(model), observe_gates(mlps, counter):
-        for batch in batches:
-            counter.run(model, batch)
+        for inputs in read_batches(model, batches, tokenizer):
+            counter.run(model, inputs)
     counter.merge_processes()
     counter.check()
-    layers = {mlp.layer: counter.histograms[mlp.layer].distribution(mlp.activation) for mlp in mlps}
+    reached = [mlp for mlp in mlps if counter.histograms[mlp.layer].counts.any()]
+    layers = {mlp.layer: counter.histograms[mlp.layer].distribution(mlp.activation) for mlp in reached}
     tokens, sequences = counter.totals.tolist()
-    return Profile(layers, record_of(model, tokens, sequences, data))
+    not_run = tell_not_run(mlps, list(layers))
+    return Profile(layers, record_of(model, tokens, sequences, data) | ({NOT_RUN: not_run} if not_run else {}))
+
+
+def tell_not_run(mlps: Sequence[GatedMLP], reached: Sequence[int]) -> list[int]:
+    """The layers of MLPs that text does not reach, after a warning that they stay dense.
+
+    Raises:
+        CatsError: these are all.
+    """
+    not_run = [mlp.layer for mlp in mlps if mlp.layer not in reached]
+    named = ", ".join(map(str, not_run))
+    if len(not_run) == len(mlps):
+        raise CatsError(f"text alone reaches no gated MLP of this model (layers {named}), so there is nothing to do.")
+    if not_run:
+        logger.warning("text alone does not reach the MLPs of layers %s; they stay dense", named)
+    return not_run
 
 
 @contextmanager
@@ -62,8 +93,9 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     """Check that the model can be calibrated, and let it be in evaluation mode while the context lasts.
 
     Raises:
-        CatsError: no gated MLP, or one that computes something else.
+        CatsError: no gated MLP, or one that computes something else, or an encoder-decoder.
     """
+    check_reads_text(model)
     dense = [mlp for mlp in find_gated_mlps(model) if not isinstance(mlp.module, SparseMLP)]
     for mlp in dense:
         check_function(mlp)
@@ -91,9 +123,8 @@ class _Counter:
             rows = rows[self.mask.to(rows.device)]
         self.histograms[mlp.layer].add(rows)
 
-    def run(self, model: nn.Module, batch: Batch) -> None:
-        inputs, self.mask = check_batch(batch)
-        ids = inputs["input_ids"]
+    def run(self, model: nn.Module, inputs: Inputs) -> None:
+        ids, self.mask = inputs["input_ids"], padding_mask(inputs)
         if ids.numel():
             run_decoder(model, inputs)
             self.totals += torch.tensor([int(ids.numel() if self.mask is None else self.mask.sum()), len(ids)])

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from cats_llm.calibration.batches import Batch, check_batch
+from cats_llm.architecture import check_predicts_tokens
+from cats_llm.calibration.batches import CalibrationData, Inputs, read_batches
 from cats_llm.calibration.calibrate import calibrate, evaluated
 from cats_llm.calibration.criterion import CANDIDATES, Criterion
 from cats_llm.calibration.fit import fit
@@ -26,7 +27,7 @@ _STEP = 0.01  # sparsities that are tried
 _HIGHEST = 0.98
 
 
-def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def split(batches: Sequence[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
     """Calibration text in two: to fit to (the first part), and to measure on (the last).
 
     Raises:
@@ -42,7 +43,7 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def configure(
-    model: nn.Module, batches: Sequence[Batch], sparsity: float, criterion: Criterion, **settings: Any
+    model: nn.Module, batches: CalibrationData, sparsity: float, criterion: Criterion, **settings: Any
 ) -> CatsConfig:
     """The config of a criterion: the paper's by its profile, another by `fit`, which takes the settings."""
     if not criterion.plain:
@@ -67,7 +68,7 @@ class Choice:
 
 def choose_criterion(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: CalibrationData,
     sparsity: float,
     candidates: Sequence[Criterion] = CANDIDATES,
     notify: Callable[[str], None] | None = None,
@@ -86,15 +87,15 @@ def choose_criterion(
     Raises:
         CatsError: from `fit`, or there is too little text to hold any back.
     """
-    fitted_to, held_back = split(batches)
+    check_predicts_tokens(model, "choosing by what a model predicts")
+    fitted_to, held_back = split(list(read_batches(model, batches)))
     measured, configs = {}, {}
     with restored(model), evaluated(model):
-        inputs = [check_batch(batch)[0] for batch in held_back]
         for criterion in candidates:
             name = str(criterion)
             configs[name] = configure(model, fitted_to, sparsity, criterion, notify=_inside(notify, name), **settings)
             sparsify(model, configs[name])
-            measured[name] = mean_divergence(model, inputs)
+            measured[name] = mean_divergence(model, held_back)
             densify(model)
     best = min(measured, key=lambda name: measured[name])
     return Choice(configs[best], measured)
@@ -102,7 +103,7 @@ def choose_criterion(
 
 def choose_sparsity(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: CalibrationData,
     criterion: Criterion,
     increase: float,
     notify: Callable[[str], None] | None = None,
@@ -119,20 +120,20 @@ def choose_sparsity(
     Raises:
         CatsError: not even the least sparsity stays below, or from `fit`.
     """
-    fitted_to, held_back = split(batches)
+    check_predicts_tokens(model, "choosing by what a model predicts")
+    fitted_to, held_back = split(list(read_batches(model, batches)))
     measured: dict[str, float] = {}
     best: CatsConfig | None = None
     with restored(model), evaluated(model):
-        inputs = [check_batch(batch)[0] for batch in held_back]
         with dense_function(model):
-            dense = log_perplexity(model, inputs)
+            dense = log_perplexity(model, held_back)
         low, high = 0, round(_HIGHEST / _STEP) + 1
         while high - low > 1:
             middle = (low + high) // 2
             k = round(middle * _STEP, 2)
             config = configure(model, fitted_to, k, criterion, notify=_inside(notify, f"sparsity {k:g}"), **settings)
             sparsify(model, config)
-            measured[f"{k:g}"] = math.expm1(log_perplexity(model, inputs) - dense)
+            measured[f"{k:g}"] = math.expm1(log_perplexity(model, held_back) - dense)
             densify(model)
             if measured[f"{k:g}"] <= increase:
                 low, best = middle, config

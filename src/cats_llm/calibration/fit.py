@@ -1,6 +1,7 @@
 """Fit a criterion to a model: thresholds, and what makes up for them, from calibration text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,13 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats_llm.architecture import check_predicts_tokens
 from cats_llm.calibration.allocation import allocate
-from cats_llm.calibration.batches import Batch, CalibrationText, rows_of, run_decoder, sum_over_processes
-from cats_llm.calibration.calibrate import evaluated, record_of
+from cats_llm.calibration.batches import (
+    CalibrationData,
+    CalibrationText,
+    read_batches,
+    rows_of,
+    run_decoder,
+    sum_over_processes,
+)
+from cats_llm.calibration.calibrate import evaluated, record_of, tell_not_run
 from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.distill import Distillation, distill
 from cats_llm.calibration.histogram import GateHistogram
 from cats_llm.calibration.lockstep import run_in_lockstep
+from cats_llm.calibration.profile import NOT_RUN
 from cats_llm.calibration.scores import SCORES
 from cats_llm.calibration.statistics import LayerStatistics, down_weight, hidden_parts
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
@@ -58,7 +68,7 @@ class FittedLayer:
 
 def fit(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: CalibrationData,
     sparsity: float,
     criterion: Criterion,
     *,
@@ -66,6 +76,7 @@ def fit(
     data: str | None = None,
     distillation: Distillation | None = None,
     notify: Callable[[str], None] | None = None,
+    tokenizer: Any = None,
 ) -> CatsConfig:
     """Thresholds and vectors of a model for a gate sparsity.
 
@@ -73,24 +84,33 @@ def fit(
     and all get the same config.
 
     Args:
-        model: a causal language model with gated MLPs, dense or CATS (then its dense function is calibrated).
-        batches: calibration text; it is read several times.
+        model: a model of text with gated MLPs, dense or CATS (then its dense function is calibrated). Layers that text
+            does not reach stay dense.
+        batches: calibration text, see `read_batches`; it is read several times, so it is kept.
         sparsity: k, in [0, 1); with ``criterion.allocate``, the average over the MLPs' weights.
         criterion: what to decide by.
         coverage: which tokens will be sparse. First tokens that stay dense are left out of the statistics.
         data: what the text is, for the record.
         distillation: how the compensation is learned, with ``criterion.distill``.
         notify: told in a few words what is being done.
+        tokenizer: needed where the text comes as strings.
 
     Raises:
-        CatsError: no gated MLP, no tokens, a sparsity out of range, or activations that are NaN or infinite.
+        CatsError: as `calibrate`; a sparsity out of range; or the criterion needs predictions that the model does not
+            make.
     """
     check_sparsity(sparsity)
+    if criterion.allocate or criterion.distill:
+        check_predicts_tokens(model, f"the criterion {criterion}")
     say = notify or (lambda _: None)
     coverage = coverage or Coverage()
     with evaluated(model), restored(model):
-        text = CalibrationText(batches, Coverage(dense_first_tokens=coverage.dense_first_tokens))
-        mlps = sparse_for_calibration(model)
+        read = read_batches(model, batches, tokenizer)
+        text = CalibrationText(read, Coverage(dense_first_tokens=coverage.dense_first_tokens))
+        found = sparse_for_calibration(model)
+        reached = _reached(model, found, text)
+        not_run = tell_not_run(found, reached)
+        mlps = [mlp for mlp in found if mlp.layer in reached]
         shares = dict.fromkeys((mlp.layer for mlp in mlps), sparsity)
         if criterion.allocate and sparsity > 0:
             say("measuring the error of every layer")
@@ -107,13 +127,33 @@ def fit(
                 # what the layers receive has changed, so their thresholds follow
                 layers = _through_layers(model, mlps, text, shares, criterion, layers, compensation)
     return CatsConfig(
-        thresholds={layer: found.tau for layer, found in layers.items()},
+        thresholds={layer: found.tau for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
         sparsity=sparsity,
-        layer_sparsity={layer: found.achieved for layer, found in layers.items()},
-        calibration=record_of(model, *text.totals, data),
+        layer_sparsity={layer: found.achieved for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
+        calibration=record_of(model, *text.totals, data) | ({NOT_RUN: not_run} if not_run else {}),
         criterion=criterion.to_dict() | settings,
         vectors={layer: found.vectors() for layer, found in layers.items()},
     ).with_coverage(coverage)
+
+
+@torch.no_grad()
+def _reached(model: nn.Module, mlps: list[GatedMLP], text: CalibrationText) -> list[int]:
+    """The layers whose MLPs text runs through: two tokens show it."""
+    calls = torch.zeros(len(mlps), dtype=torch.int64)
+
+    def note(place: int) -> Callable[[nn.Module, Any], None]:
+        def count(_module: nn.Module, _inputs: Any) -> None:
+            calls[place] += 1
+
+        return count
+
+    with ExitStack() as stack:
+        for place, mlp in enumerate(mlps):
+            stack.callback(mlp.module.register_forward_pre_hook(note(place)).remove)
+        for inputs in text.inputs[:1]:
+            run_decoder(model, {"input_ids": inputs["input_ids"][:1, :2]})
+    sum_over_processes([calls])
+    return [mlp.layer for mlp, number in zip(mlps, calls.tolist(), strict=True) if number]
 
 
 @torch.no_grad()

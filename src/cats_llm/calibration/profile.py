@@ -17,6 +17,8 @@ from cats_llm.errors import CatsError
 from cats_llm.model.structure import find_gated_mlps
 
 _KEY = "cats_profile"
+NOT_RUN = "layers_not_run"
+"""Where the record names layers that text did not reach."""
 VERSION = 1
 
 
@@ -27,13 +29,19 @@ class Profile:
     Attributes:
         layers: by layer index.
         record: what was calibrated on what: model, revision, data, tokens, date, versions.
+        not_run: layers with a gated MLP that text does not reach (of models that also see or hear). They get the
+            threshold 0, which keeps every neuron, and count as dense.
     """
 
     layers: dict[int, MagnitudeDistribution]
     record: dict[str, Any]
 
+    @property
+    def not_run(self) -> list[int]:  # noqa: D102  # see above
+        return list(self.record.get(NOT_RUN) or [])
+
     def config(self, sparsity: float) -> CatsConfig:
-        """Thresholds for a gate sparsity, the same share in every layer (paper, section 3.1).
+        """Thresholds for a gate sparsity, the same share in every layer that text reaches (paper, section 3.1).
 
         Args:
             sparsity: k, the share of neurons to skip, in [0, 1).
@@ -42,6 +50,7 @@ class Profile:
             CatsError: ``sparsity`` is out of range.
         """
         chosen = {layer: distribution.threshold(sparsity) for layer, distribution in self.layers.items()}
+        chosen |= dict.fromkeys(self.not_run, (0.0, 0.0))
         return CatsConfig(
             thresholds={layer: threshold for layer, (threshold, _) in chosen.items()},
             sparsity=sparsity,
@@ -60,6 +69,8 @@ class Profile:
         for layer in sorted(mlps.keys() | self.layers.keys()):
             neurons = mlps[layer].intermediate_size if layer in mlps else 0
             counted = self.layers[layer].total if layer in self.layers else 0
+            if layer in self.not_run and layer in mlps:
+                continue  # nothing was counted, so nothing can differ
             if counted != tokens * neurons:
                 raise CatsError(
                     f"the profile was made with another model ({self.record.get('model')}): layer {layer} had "

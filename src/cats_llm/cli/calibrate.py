@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
+from cats_llm.architecture import check_reads_text
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.files import check_output, write_json
@@ -60,7 +61,9 @@ def command(
             check_output(path, force)
     quiet_libraries()
     # before gigabytes of weights are read
-    find_gated_mlps(load_skeleton(model, revision, trust_remote_code))
+    skeleton = load_skeleton(model, revision, trust_remote_code)
+    check_reads_text(skeleton)
+    find_gated_mlps(skeleton)
     profile = run(
         load_model(model, dtype, device, revision, trust_remote_code),
         load_tokenizer(model, revision, trust_remote_code),
@@ -93,7 +96,7 @@ def run(
     Of several processes each takes its share.
     """
     sequences = _sequences(model, tokenizer, data, samples, length, reading)
-    return calibrate(model, batched(track(sequences, "calibrating", samples), batch_size), data=data)
+    return calibrate(model, batched(track(sequences, "calibrating", samples), batch_size), data, tokenizer)
 
 
 def load_batches(

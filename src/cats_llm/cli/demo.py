@@ -17,8 +17,9 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.files import check_output, write_folder, write_json
 from cats_llm.checkpoint.write import write_checkpoint
-from cats_llm.cli import calibrate, evaluate, generate, options
+from cats_llm.cli import calibrate, evaluate, options
 from cats_llm.cli.output import percent, quiet_libraries, show, table
+from cats_llm.continuation import continue_prompt
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import Evaluation
 from cats_llm.loading import load_model, load_tokenizer
@@ -128,7 +129,7 @@ def _run(
     )
     rates = []
     for prompt, continuations in texts.items():
-        result = generate.run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+        result = continue_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
         continuations[name] = str(result["text"])
         rates += [rate] if (rate := result["tokens_per_second"]) is not None else []
     return _Run(name, config, evaluation, statistics.median(rates) if rates else None)

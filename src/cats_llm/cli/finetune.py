@@ -144,9 +144,11 @@ def command(
     # these import much
     import torch.distributed as dist
 
+    from cats_llm.architecture import check_predicts_tokens
     from cats_llm.calibration.profile import Profile
     from cats_llm.evaluation import parallel
     from cats_llm.loading import default_device, load_model, load_skeleton, load_tokenizer
+    from cats_llm.model.tokens import check_tokens
     from cats_llm.training import prepare, run, trainer, write
     from cats_llm.training.adapters import adaptable
     from cats_llm.training.settings import Settings
@@ -190,6 +192,7 @@ def command(
     given = Profile.load(profile) if profile is not None else None
     # before gigabytes of weights are read
     skeleton = load_skeleton(model, revision, trust_remote_code)
+    check_predicts_tokens(skeleton, "fine-tuning")
     run.check_base(skeleton.config, model)
     adaptable(skeleton, settings.targets)
     options.check_length(seq_length, skeleton.config)
@@ -215,6 +218,8 @@ def command(
             sources = sources.enough_for(steps * batch_size)
         needed = method == "cats" and (refresh_thresholds > 0 or (sparsity is not None and given is None))
         examples = sources.read(tokenizer, seed, needed)
+        for example in [*examples.train, *examples.heldout, *examples.aside]:
+            check_tokens(skeleton, example["input_ids"], tokenizer)
 
         def load(where: str) -> Any:
             return load_model(model, dtype, where, revision, trust_remote_code)

@@ -8,8 +8,9 @@ from cats_llm import bundled
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.checkpoint.vectors import FILE
-from cats_llm.cli import evaluate, options
-from cats_llm.cli.output import percent, quiet_libraries, show, size, table
+from cats_llm.cli import calibrate, options
+from cats_llm.cli.output import percent, quiet_libraries, show, size, table, track
+from cats_llm.evaluation.sparsity import measure_sparsity
 from cats_llm.integrations.transformers import load_vectors
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.accounting import bytes_per_token, sparsity_of
@@ -59,7 +60,8 @@ def command(
         loaded = load_model(model, dtype, device, revision, trust_remote_code)
         tokenizer = load_tokenizer(model, revision, trust_remote_code)
         source = text or str(bundled.heldout_text())
-        measured = evaluate.run(loaded, tokenizer, source, samples=samples, length=seq_length).layer_sparsity
+        batches = calibrate.load_batches(loaded, tokenizer, source, samples=samples, length=seq_length, batch_size=4)
+        measured = measure_sparsity(loaded, track(batches, "measuring"))
     facts = _facts(skeleton, config, measured)
     if json is not None:
         write_json(json, {"model": model, **facts}, force)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cats_llm.architecture import check_reads_text
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.checkpoint.files import check_output, write_json
@@ -71,6 +72,7 @@ def command(
     quiet_libraries()
     # before gigabytes of weights are read
     skeleton = load_skeleton(model, revision, trust_remote_code)
+    check_reads_text(skeleton)
     find_gated_mlps(skeleton)
     source = checkpoint_folder(model, revision)
     check_source(source, out)

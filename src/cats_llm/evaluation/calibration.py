@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cats_llm.calibration.batches import Batch
+from cats_llm.calibration.batches import Inputs
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
 
@@ -15,15 +15,16 @@ class Calibration:
 
     Attributes:
         profile: None if there is none.
-        batches: the calibration text as token batches; of several processes each has all of it. None if there is none.
+        batches: the calibration text as inputs of the model; of several processes each has all of it. None if there is
+            none.
         learned: what methods keep for the next sparsity, under names of their own.
     """
 
     profile: Profile | None = None
-    batches: Sequence[Batch] | None = None
+    batches: Sequence[Inputs] | None = None
     learned: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def text(self, method: str) -> Sequence[Batch]:
+    def text(self, method: str) -> Sequence[Inputs]:
         """The batches.
 
         Raises:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cats_llm.architecture import check_predicts_tokens
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.accounting import Sparsity, sparsity_of
 from cats_llm.model.surgery import dense_function
+from cats_llm.model.tokens import check_positions, check_tokens
 
 # rows of logits held in float32 at a time
 _ROWS = 512
@@ -83,7 +85,7 @@ def score_sequences(
         counter: told of every call of ``model``, not of the reference's.
 
     Raises:
-        CatsError: the vocabularies differ.
+        CatsError: the vocabularies differ, or the model predicts no tokens or cannot read these.
     """
     with counter if counter is not None else nullcontext():
         logits = _logits(model, ids)
@@ -124,7 +126,7 @@ def evaluate(model: nn.Module, batches: Iterable[Tensor], reference: nn.Module |
         reference: the model to compare with. Passing ``model`` itself compares it with its own dense function.
 
     Raises:
-        CatsError: there are no tokens to predict, or the vocabularies differ.
+        CatsError: there are no tokens to predict, or as `score_sequences`.
     """
     counter = SparsityCounter(model)
     scores = [score_sequences(model, ids, reference=reference, counter=counter) for ids in batches]
@@ -152,6 +154,9 @@ def exp(value: float) -> float:
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     """Logits that predict the tokens after the first, (B, T - 1, vocabulary)."""
+    check_predicts_tokens(model, "perplexity")
+    check_tokens(model, ids)
+    check_positions(model, ids.shape[1])
     device = model.get_input_embeddings().weight.device
     logits: Tensor = model(input_ids=ids.to("cpu" if device.type == "meta" else device), use_cache=False).logits
     return logits[:, :-1]

@@ -143,9 +143,8 @@ def _calls(model: nn.Module, layer: nn.Module, calibration: Calibration) -> list
     try:
         left = _TOKENS
         for batch in calibration.text("teal-greedy"):
-            inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-            length = inputs["input_ids"].shape[1]
-            inputs = {name: value[: max(1, left // length)] for name, value in inputs.items()}
+            length = batch["input_ids"].shape[1]
+            inputs = {name: value[: max(1, left // length)] for name, value in batch.items()}
             mask = inputs.get("attention_mask")
             real = None if mask is None else mask.bool()
             run_decoder(model, inputs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import Batch
+from cats_llm.calibration.batches import Inputs
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.calibration.histogram import GateHistogram
 from cats_llm.checkpoint.config import check_sparsity
@@ -90,7 +90,7 @@ def distributions(method: str, model: nn.Module, calibration: Calibration) -> di
         for name, histogram in histograms.items():
             stack.callback(linears[name].register_forward_pre_hook(hook(histogram)).remove)
         for batch in batches:
-            real = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+            real = batch.get("attention_mask")
             mask = None if real is None else real.reshape(-1).bool()
             run_decoder(model, batch)
     for name, histogram in histograms.items():
@@ -104,7 +104,7 @@ def distributions(method: str, model: nn.Module, calibration: Calibration) -> di
     return dict(calibration.learned["inputs"])
 
 
-def _leaders(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -> dict[str, str]:
+def _leaders(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Inputs) -> dict[str, str]:
     """For every linear layer that text runs through, the first one with the same input (q_proj for k_proj)."""
     seen: list[tuple[Tensor, str]] = []
     leaders: dict[str, str] = {}
@@ -117,11 +117,10 @@ def _leaders(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Batch) -
 
         return note
 
-    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     with ExitStack() as stack, dense_evaluation(model):
         for name, linear in linears.items():
             stack.callback(linear.register_forward_pre_hook(hook(name)).remove)
-        run_decoder(model, ids[:1, :2])
+        run_decoder(model, {"input_ids": batch["input_ids"][:1, :2]})
     return {name: leaders[name] for name in linears if name in leaders}
 
 
@@ -138,11 +137,10 @@ def dense_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run_decoder(model: nn.Module, batch: Batch) -> None:
+def run_decoder(model: nn.Module, batch: Inputs) -> None:
     """Run text through the decoder, without the head."""
     decoder: Any = decoder_of(model)
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     device = decoder.get_input_embeddings().weight.device
     if device.type == "meta":  # offloaded: hooks bring inputs where they belong
         device = torch.device("cpu")
-    decoder(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+    decoder(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)

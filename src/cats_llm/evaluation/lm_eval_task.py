@@ -25,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
+from cats_llm.architecture import check_predicts_tokens
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
@@ -34,6 +35,7 @@ from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
 from cats_llm.evaluation.tasks import TASK_FILES, task_folder
 from cats_llm.model.coverage import find_coverage
+from cats_llm.model.tokens import check_tokens
 
 # resamplings for standard errors that have no formula
 _BOOTSTRAP = 1000
@@ -56,6 +58,12 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.counter = counter
         self.lengths: list[int] = []
         self._rank, self._world_size = parallel.rank(), parallel.world_size()
+
+    def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        """Tokens that the model has an embedding for."""
+        ids: list[int] = super().tok_encode(*args, **kwargs)
+        check_tokens(self.model, torch.tensor(ids), self.tokenizer)
+        return ids
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         return self._fitting(super()._loglikelihood_tokens, *args, **kwargs)
@@ -136,7 +144,8 @@ class LmEvalTask(Task):
         self.name = loaded.name if self.group else loaded.task_name
 
     def prepare(self, model: Any, tokenizer: Any) -> None:
-        """Check that a chat template is there, if one is asked for."""
+        """Check that the model predicts tokens, and that a chat template is there, if one is asked for."""
+        check_predicts_tokens(model, f"the task {self.name}")
         if self.apply_chat_template and not tokenizer.chat_template:
             raise CatsError("the tokenizer has no chat template; leave out --apply-chat-template.")
 

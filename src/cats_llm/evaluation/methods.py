@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cats_llm.calibration.batches import Batch
+from cats_llm.calibration.batches import CalibrationData, read_batches
 from cats_llm.calibration.criterion import PARTS, Criterion
 from cats_llm.calibration.fit import fit
 from cats_llm.calibration.profile import Profile
@@ -233,7 +233,7 @@ def make_variants(
     sparsities: Sequence[float] = (),
     profile: Profile | None = None,
     coverage: Coverage | None = None,
-    batches: Sequence[Batch] | None = None,
+    batches: CalibrationData | None = None,
     equal_bytes: bool = False,
 ) -> list[Variant]:
     """The dense variant, and one a method and sparsity.
@@ -244,8 +244,8 @@ def make_variants(
         sparsities: for the methods that take one, each in its unit. 0 is the dense model and makes no variant.
         profile: of the model, for methods that need thresholds.
         coverage: which tokens are sparse, in all of them.
-        batches: the calibration text, for methods that learn more than the profile holds. Of several processes each
-            passes all of it, and all get what the first one learned.
+        batches: the calibration text, see `read_batches`, for methods that learn more than the profile holds. Of
+            several processes each passes all of it, and all get what the first one learned.
         equal_bytes: sparsities are gate sparsities of CATS, and a method with another unit skips as many weights as
             CATS does with them.
 
@@ -254,7 +254,7 @@ def make_variants(
     """
     coverage = coverage or Coverage()
     suffix = "" if coverage.all_tokens else f" ({coverage})"
-    calibration = Calibration(profile, batches)
+    calibration = Calibration(profile, list(read_batches(model, batches)) if batches is not None else None)
     made = [Variant("dense")]
     for chosen in {chosen.name: chosen for chosen in map(method, methods)}.values():
         name = chosen.name

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cats_llm.architecture import check_predicts_tokens
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
@@ -15,6 +16,7 @@ from cats_llm.evaluation.evaluate import exp, score_sequences
 from cats_llm.evaluation.paired import standard_error
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
+from cats_llm.model.tokens import check_tokens
 from cats_llm.text import TextSize, load_sequences
 
 
@@ -51,6 +53,7 @@ class PerplexityTask(Task):
 
     def prepare(self, model: Any, tokenizer: Any) -> None:
         """Cut the text into windows."""
+        check_predicts_tokens(model, "perplexity")
         if self.stride is not None and (self.seed is not None or not 0 < self.stride <= self.length):
             raise CatsError(
                 f"a stride of {self.stride} was asked for; it must be from 1 to the {self.length} tokens of a window, "
@@ -68,6 +71,7 @@ class PerplexityTask(Task):
             **self.reading,
         )
         self.windows = torch.stack(list(sequences))
+        check_tokens(model, self.windows, tokenizer)
         self.first = torch.full((len(self.windows),), 1)
         if self.stride is not None:
             self.first[1:] = max(1, self.length - self.stride)

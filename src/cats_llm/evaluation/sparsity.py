@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cats_llm.calibration.batches import CalibrationData, read_batches, run_decoder
 from cats_llm.evaluation.input_sparsity import hooked_inputs
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.kernels.registry import MAX_DECODE_TOKENS
@@ -13,6 +14,23 @@ from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import GatedMLP, decoder_of, find_gated_mlps
 
 Key = TypeVar("Key", int, str)
+
+
+@torch.no_grad()
+def measure_sparsity(model: nn.Module, data: CalibrationData) -> dict[int, float]:
+    """The gate sparsity of each layer that a text runs through, whatever head the model has; a dense model has none.
+
+    Args:
+        data: see `read_batches`.
+
+    Raises:
+        CatsError: the model cannot read it.
+    """
+    counter = SparsityCounter(model)
+    for inputs in read_batches(model, data):
+        with counter:
+            run_decoder(model, inputs)
+    return counter.result()
 
 
 class SparsityCounter:

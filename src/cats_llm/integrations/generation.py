@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from cats_llm.model.coverage import find_coverage
 
@@ -92,6 +92,21 @@ def graph_decode(
     if streamer is not None:
         streamer.end()
     return ids[:, : length if others else _end(ids[:, :length], prompt, ends)]
+
+
+def graph_applies(model: PreTrainedModel) -> bool:
+    """Whether `graph_decode` can run the model as a CUDA graph; a static cache need not be there yet."""
+    from transformers.cache_utils import StaticCache
+
+    text = model.config.get_text_config(decoder=True)
+    if model.device.type != "cuda" or not getattr(model, "_can_compile_fullgraph", False):
+        return False
+    try:
+        cache = StaticCache(config=text, max_cache_len=1)
+    except (AttributeError, KeyError, TypeError, ValueError):  # layers that no static cache is made for
+        return False
+    greedy = GenerationConfig(num_beams=1, return_dict_in_generate=False)
+    return _obstacle(model, greedy, {"past_key_values": cache}) is None
 
 
 def _obstacle(model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:

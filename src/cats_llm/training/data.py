@@ -151,10 +151,11 @@ def _example(ids: list[int], spans: Sequence[tuple[int, int]]) -> Example:
     return {"input_ids": torch.tensor(ids), "labels": labels}
 
 
-def collator(tokenizer: Any) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
-    """Batches examples: (B, T) with padding on the right, which attention_mask tells of and labels ignore."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad = next(token for token in ids if token is not None)
+def collator() -> Callable[[Sequence[Example]], dict[str, Tensor]]:
+    """Batches examples: (B, T) with padding on the right, which attention_mask tells of and labels ignore.
+
+    It is token 0, which every model has: a padding token that was added to the tokenizer may have no embedding.
+    """
 
     def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         longest = max(len(example["input_ids"]) for example in examples)
@@ -165,6 +166,6 @@ def collator(tokenizer: Any) -> Callable[[Sequence[Example]], dict[str, Tensor]]
 
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         mask = (torch.arange(longest) < lengths[:, None]).long()
-        return {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED), "attention_mask": mask}
+        return {"input_ids": stack("input_ids", 0), "labels": stack("labels", IGNORED), "attention_mask": mask}
 
     return collate

@@ -103,7 +103,7 @@ class Sources:
             train,
             parts["heldout"],
             parts["calibration"],
-            collator(tokenizer),
+            collator(),
             {
                 **record,
                 "seq_length": self.length,
