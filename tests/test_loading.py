@@ -12,8 +12,10 @@ import transformers
 import cats_llm
 from cats_llm import bundled
 from cats_llm.architecture import model_class
+from cats_llm.calibration.batches import check_runs
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
+from cats_llm.evaluation.evaluate import evaluate
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 
 PROSE = "It was a long walk to the mill, and the miller was not at home. "
@@ -292,8 +294,13 @@ def test_a_model_that_needs_more_than_text_says_so(llama):
 
     model = llama.dense_copy()
     model.model.forward = NeedsSound.forward.__get__(model)
-    with pytest.raises(CatsError, match=r"does not run on text alone \(You must specify input_features\)"):
+    message = r"does not run on text alone \(You must specify input_features\)"
+    with pytest.raises(CatsError, match=message):
         cats_llm.calibrate(model, [llama.ids])
+    with pytest.raises(CatsError, match=message):
+        evaluate(model, [llama.ids])
+    with pytest.raises(CatsError, match=message):
+        check_runs(model)
 
 
 class TestFolders:

@@ -1,5 +1,7 @@
 """Which class of transformers a checkpoint is of, and what a model can be asked for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -84,6 +86,22 @@ def check_reads_text(model: nn.Module) -> None:
             f"{type(base).__name__} is an encoder-decoder: what its decoder computes depends on another text, so CATS "
             "has nothing to calibrate or measure on; it works on models that read one text."
         )
+
+
+@contextmanager
+def text_alone(model: nn.Module) -> Iterator[None]:
+    """Call the model inside with nothing but tokens.
+
+    Raises:
+        CatsError: it needs other inputs too (images, sound), without which its forward raises.
+    """
+    try:
+        yield
+    except CatsError:
+        raise
+    except (TypeError, ValueError) as error:  # how models miss an input
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CatsError(f"{type(unwrap(model)).__name__} does not run on text alone ({reason}).") from error
 
 
 def predicts_tokens(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cats_llm.architecture import check_predicts_tokens
+from cats_llm.architecture import check_predicts_tokens, text_alone
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_applies, graph_decode
 from cats_llm.model.tokens import check_tokens, learned_positions
@@ -65,7 +65,7 @@ def continue_prompt(
         settings["disable_compile"] = graph is None
         # generate does not hand its streamer on to a custom loop
         loop = {"custom_generate": functools.partial(graph_decode, streamer=clock)}
-    with torch.no_grad(), _own_settings(model, settings) as config:
+    with torch.no_grad(), text_alone(model), _own_settings(model, settings) as config:
         output = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **loop
         )

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cats_llm.architecture import check_predicts_tokens
+from cats_llm.architecture import check_predicts_tokens, text_alone
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
 from cats_llm.model.coverage import sparse_tokens
@@ -209,13 +209,18 @@ def run_decoder(model: nn.Module, inputs: Mapping[str, Tensor], head: bool = Fal
     if device.type == "meta":  # offloaded: hooks bring inputs where they belong
         device = torch.device("cpu")
     called = base if head else body
-    try:
+    with text_alone(model):
         return called(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
-    except CatsError:
-        raise
-    except (TypeError, ValueError) as error:  # how models miss an input
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CatsError(f"{type(base).__name__} does not run on text alone ({reason}).") from error
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module) -> None:
+    """Make sure, on two tokens and before any long work, that the model predicts from text alone.
+
+    Raises:
+        CatsError: it does not.
+    """
+    run_decoder(model, {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, head=True)
 
 
 def padding_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -145,6 +145,7 @@ def command(
     import torch.distributed as dist
 
     from cats_llm.architecture import check_predicts_tokens
+    from cats_llm.calibration.batches import check_runs
     from cats_llm.calibration.profile import Profile
     from cats_llm.evaluation import parallel
     from cats_llm.loading import default_device, load_model, load_skeleton, load_tokenizer
@@ -225,6 +226,7 @@ def command(
             return load_model(model, dtype, where, revision, trust_remote_code)
 
         loaded = load(str(arguments.device))
+        check_runs(loaded)
         config = None
         if method == "cats":
             before = run.resumed_config(resumed[1], loaded) if resumed is not None else None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cats_llm.architecture import check_predicts_tokens
+from cats_llm.architecture import check_predicts_tokens, text_alone
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.accounting import Sparsity, sparsity_of
@@ -158,5 +158,6 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     check_tokens(model, ids)
     check_positions(model, ids.shape[1])
     device = model.get_input_embeddings().weight.device
-    logits: Tensor = model(input_ids=ids.to("cpu" if device.type == "meta" else device), use_cache=False).logits
+    with text_alone(model):
+        logits: Tensor = model(input_ids=ids.to("cpu" if device.type == "meta" else device), use_cache=False).logits
     return logits[:, :-1]

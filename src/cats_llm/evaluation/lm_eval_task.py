@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
 from cats_llm.architecture import check_predicts_tokens
+from cats_llm.calibration.batches import check_runs
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
@@ -146,6 +147,7 @@ class LmEvalTask(Task):
     def prepare(self, model: Any, tokenizer: Any) -> None:
         """Check that the model predicts tokens, and that a chat template is there, if one is asked for."""
         check_predicts_tokens(model, f"the task {self.name}")
+        check_runs(model)
         if self.apply_chat_template and not tokenizer.chat_template:
             raise CatsError("the tokenizer has no chat template; leave out --apply-chat-template.")
 
