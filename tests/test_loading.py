@@ -11,12 +11,12 @@ import transformers
 
 import cats_llm
 from cats_llm import bundled
-from cats_llm.architecture import model_class
 from cats_llm.calibration.batches import check_runs
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import evaluate
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
+from cats_llm.model.architecture import model_class
 
 PROSE = "It was a long walk to the mill, and the miller was not at home. "
 LLAMA = {

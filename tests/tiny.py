@@ -142,7 +142,7 @@ def _small_rope(rope: Any) -> Any:
 
 def tiny_model(config: Any, architecture: str | None = None) -> nn.Module:
     """The model in float32, in evaluation mode."""
-    from cats_llm.architecture import model_class
+    from cats_llm.model.architecture import model_class
 
     torch.manual_seed(0)
     found = getattr(transformers, architecture) if architecture else model_class(config)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from cats_llm.architecture import check_predicts_tokens, text_alone
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_applies, graph_decode
+from cats_llm.model.architecture import check_predicts_tokens, text_alone
 from cats_llm.model.tokens import check_tokens, learned_positions
 
 

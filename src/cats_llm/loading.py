@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cats_llm.architecture import build_skeleton, model_class
 from cats_llm.checkpoint.config import QUANT_METHOD
 from cats_llm.checkpoint.folder import ADAPTERS as _ADAPTERS
 from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
 from cats_llm.errors import CatsError
+from cats_llm.model.architecture import build_skeleton, model_class
 from cats_llm.model.surgery import thresholds
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cats_llm.architecture import check_predicts_tokens, text_alone
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
+from cats_llm.model.architecture import check_predicts_tokens, text_alone
 from cats_llm.model.coverage import sparse_tokens
 from cats_llm.model.structure import unwrap
 from cats_llm.model.tokens import check_positions, check_tokens

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.architecture import check_reads_text
 from cats_llm.calibration.batches import (
     CalibrationData,
     Inputs,
@@ -21,6 +20,7 @@ from cats_llm.calibration.batches import (
 from cats_llm.calibration.histogram import GateHistogram
 from cats_llm.calibration.profile import NOT_RUN, Profile
 from cats_llm.errors import CatsError
+from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import (
     GatedMLP,

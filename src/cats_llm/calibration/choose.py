@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from cats_llm.architecture import check_predicts_tokens
 from cats_llm.calibration.batches import CalibrationData, Inputs, read_batches
 from cats_llm.calibration.calibrate import calibrate, evaluated
 from cats_llm.calibration.criterion import CANDIDATES, Criterion
@@ -17,6 +16,7 @@ from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
 from cats_llm.model.accounting import bytes_per_token
+from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import dense_function, densify, restored, sparsify
 

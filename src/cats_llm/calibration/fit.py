@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.architecture import check_predicts_tokens
 from cats_llm.calibration.allocation import allocate
 from cats_llm.calibration.batches import (
     CalibrationData,
@@ -31,6 +30,7 @@ from cats_llm.checkpoint.config import CatsConfig, check_sparsity
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.kernels.definition import gate_activation, keep_mask
+from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.coverage import set_coverage
 from cats_llm.model.structure import GatedMLP
 from cats_llm.model.surgery import restored, sparse_for_calibration, sparse_module

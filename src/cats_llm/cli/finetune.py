@@ -144,11 +144,11 @@ def command(
     # these import much
     import torch.distributed as dist
 
-    from cats_llm.architecture import check_predicts_tokens
     from cats_llm.calibration.batches import check_runs
     from cats_llm.calibration.profile import Profile
     from cats_llm.evaluation import parallel
     from cats_llm.loading import default_device, load_model, load_skeleton, load_tokenizer
+    from cats_llm.model.architecture import check_predicts_tokens
     from cats_llm.model.tokens import check_tokens
     from cats_llm.training import prepare, run, trainer, write
     from cats_llm.training.adapters import adaptable

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from cats_llm.architecture import check_reads_text
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.checkpoint.files import check_output, write_json
@@ -15,6 +14,7 @@ from cats_llm.cli import calibrate, criterion, options
 from cats_llm.cli.output import percent, quiet_libraries, show, show_left_out
 from cats_llm.loading import checkpoint_folder, load_model, load_skeleton, load_tokenizer
 from cats_llm.model.accounting import sparsity_of
+from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
 
 

@@ -25,7 +25,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
-from cats_llm.architecture import check_predicts_tokens
 from cats_llm.calibration.batches import check_runs
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
@@ -35,6 +34,7 @@ from cats_llm.evaluation.paired import standard_error
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
 from cats_llm.evaluation.tasks import TASK_FILES, task_folder
+from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.coverage import find_coverage
 from cats_llm.model.tokens import check_tokens
 

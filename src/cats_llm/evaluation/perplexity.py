@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cats_llm.architecture import check_predicts_tokens
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
@@ -16,6 +15,7 @@ from cats_llm.evaluation.evaluate import exp, score_sequences
 from cats_llm.evaluation.paired import standard_error
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
+from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.tokens import check_tokens
 from cats_llm.text import TextSize, load_sequences
 
