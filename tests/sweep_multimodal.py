@@ -58,7 +58,7 @@ def outcome(model_type: str, tokenizer: object) -> tuple[str, str]:
                 model(input_ids=torch.randint(3, 4000, (2, 24)))
                 model.generate(torch.randint(3, 4000, (1, 5)), max_new_tokens=2)
         except Exception as error:  # the model's own: either it cannot be made small, or text is not enough for it
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            reason = reason or f"{type(error).__name__}: {error}".splitlines()[0][:100]
             continue
         try:
             profile = cats_llm.calibrate(model, torch.randint(3, 4000, (2, 24)))
