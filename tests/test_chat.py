@@ -180,7 +180,7 @@ def test_what_the_template_refuses_stops_with_its_line(templated, write, templat
         lambda: list(read_documents(source, tokenizer=tokenizer)),
         lambda: read_instructions(source, tokenizer, 64),
     ):
-        with pytest.raises(CatsError, match=f"line 1 of .* chat template refuses .*{reason}.*; mend the row") as caught:
+        with pytest.raises(CatsError, match=f"line 1 of .* chat template refuses .*{reason}.*; change them") as caught:
             read()
         assert "\n" not in str(caught.value)
 

@@ -132,9 +132,9 @@ class TestChat:
         ("template", "message"),
         [
             ("{{ raise_exception('only the roles of a play') }}", r"\(only the roles of a play\)"),
-            ("{% for %}", "does not take the prompt"),
-            ("{{ messages[5].content + 1 }}", "does not take the prompt"),
-            ("{{ messages[0]['content'] + 1 }}", "does not take the prompt"),
+            ("{% for %}", "chat template refuses"),
+            ("{{ messages[5].content + 1 }}", "chat template refuses"),
+            ("{{ messages[0]['content'] + 1 }}", "chat template refuses"),
             ("{{ 1 / 0 }}", "division"),
         ],
     )

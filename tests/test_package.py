@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "text": {"chat", "rows"},
     "loading": {"model"},
     "bundled": set(),
-    "continuation": {"integrations", "model"},
+    "continuation": {"chat", "integrations", "model"},
     "benchmark": {"calibration", "integrations", "kernels", "model"},
     "calibration": {"kernels", "model"},
     "evaluation": {"calibration", "kernels", "model", "text"},

@@ -89,7 +89,7 @@ def _apply(messages: list[Message], tokenizer: Any, where: str, generation_promp
         raise CatsError("chat templates need jinja2: pip install jinja2.") from error
     except Exception as error:  # a template is a program: it raises what it likes, and so does jinja2
         raise CatsError(
-            f"{where} has messages that the tokenizer's chat template refuses ({first_line(error)}); mend the row or "
-            "leave it out."
+            f"{where} has messages that the tokenizer's chat template refuses ({first_line(error)}); change them or "
+            "leave them out."
         ) from error
     return text

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cats_llm.chat import render
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_applies, graph_decode
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
@@ -81,7 +82,9 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[torch.Tensor, tor
     """input_ids and attention_mask, (1, T)."""
     try:
         if chat:
-            text = _in_template(tokenizer, prompt)
+            if not getattr(tokenizer, "chat_template", None):
+                raise CatsError("the tokenizer has no chat template; leave out --chat.")
+            text = render([{"role": "user", "content": prompt}], tokenizer, "the prompt", generation_prompt=True)
             encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             encoded = tokenizer(prompt)["input_ids"]
@@ -93,31 +96,6 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[torch.Tensor, tor
         raise CatsError("the prompt is empty; pass some text with --prompt.")
     ids = torch.tensor([encoded])
     return ids, torch.ones_like(ids)
-
-
-def _in_template(tokenizer: Any, prompt: str) -> str:
-    """The prompt as a user's message in the chat template, ready for the answer.
-
-    Templates take a message's content as text or as a list of parts; some drop silently what they do not take.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise CatsError("the tokenizer has no chat template; leave out --chat.")
-    texts: list[str] = []
-    errors: list[Exception] = []
-    for content in (prompt, [{"type": "text", "text": prompt}]):
-        messages = [{"role": "user", "content": content}]
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program, which raises what it likes
-            errors.append(error)
-            continue
-        if prompt.strip() in text:
-            return str(text)
-        texts.append(text)
-    if texts:
-        return texts[0]
-    reason = (str(errors[0]).strip().splitlines() or [type(errors[0]).__name__])[0].rstrip(".")
-    raise CatsError(f"the tokenizer's chat template does not take the prompt ({reason}); leave out --chat.")
 
 
 @contextmanager

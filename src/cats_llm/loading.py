@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from cats_llm.checkpoint.config import QUANT_METHOD
 from cats_llm.checkpoint.folder import ADAPTERS as _ADAPTERS
 from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
 from cats_llm.model.architecture import build_skeleton, model_class
 from cats_llm.model.surgery import thresholds
 
@@ -243,10 +243,9 @@ _ADVICE = (
 
 def _reason(error: Exception) -> str:
     """An error of loading in one line, without a full stop."""
-    text = str(error).strip()
     for part, advice in _ADVICE:
-        if part in text:
+        if part in str(error):
             return advice
-    line = (text.splitlines() or [""])[0].strip().rstrip(".:")
-    bare = not line or isinstance(error, (KeyError, AttributeError, IndexError, TypeError))
-    return f"{type(error).__name__} {line}".strip() if bare else line
+    line = first_line(error)
+    # what these say means little alone
+    return f"{type(error).__name__} {line}" if isinstance(error, (LookupError, AttributeError, TypeError)) else line

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
 from cats_llm.model.structure import unwrap
 
 # tried in this order where a checkpoint names no class that this transformers has
@@ -100,8 +100,7 @@ def text_alone(model: nn.Module) -> Iterator[None]:
     except CatsError:
         raise
     except (TypeError, ValueError) as error:  # how models miss an input
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CatsError(f"{type(unwrap(model)).__name__} does not run on text alone ({reason}).") from error
+        raise CatsError(f"{type(unwrap(model)).__name__} does not run on text alone ({first_line(error)}).") from error
 
 
 def predicts_tokens(model: nn.Module) -> bool:
