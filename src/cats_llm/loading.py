@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from cats_llm.checkpoint.config import QUANT_METHOD
 from cats_llm.checkpoint.folder import ADAPTERS as _ADAPTERS
 from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
+from cats_llm.checkpoint.tensors import check_keys
 from cats_llm.errors import CatsError, first_line
 from cats_llm.model.architecture import build_skeleton, model_class
 from cats_llm.model.surgery import thresholds
@@ -67,9 +68,7 @@ def load_model(
             output_loading_info=True,
             **_valid_generation(name, revision),
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise CatsError(f"{name} lacks {len(missing)} weights of the model ({missing[0]}, ...); download it again.")
+    check_keys(info, name)
     check_sparse(model, name)
     return model.eval()
 
