@@ -2,8 +2,10 @@
 
 import json
 import math
+from pathlib import Path
 
 PAPER8 = ("openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "boolq", "sciq")
+BENCHES = sorted((Path(__file__).parent.parent / "benchmarks" / "cpu").glob("*.json"))
 
 
 def row(variant, task, metric, value, dense=None, stderr=0.01, half=0.012, gate=0.0, layers=4, **changes):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from marks import needs_kernels
 
 import cats_llm
 from cats_llm.benchmark.decode import bench_decode
@@ -15,7 +16,6 @@ from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
 from cats_llm.kernels import cpu
 
-needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built here")
 TINY = Shape("tiny", 64, 96, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=128)
 
 

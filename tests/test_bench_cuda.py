@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_kernels
 from torch._dynamo.testing import CompileCounter
 
 from cats_llm.benchmark import cuda, cuda_check
@@ -21,7 +22,6 @@ from cats_llm.benchmark.models import MLPs, copy_sharing_weights, random_model
 from cats_llm.benchmark.rows import as_text, cuda_decode_table, cuda_mlp_table, speed
 from cats_llm.benchmark.shapes import SHAPES, Shape
 from cats_llm.cli.main import main
-from cats_llm.kernels import cpu
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import sparse_mlps, thresholds
 from cats_llm.report.bench import latency, read_bench, throughput, write_figure
@@ -34,7 +34,6 @@ TORCH_COMPILE = torch.compile
 BOUND = "#c2410c"
 COPY = 1e9  # bytes a second
 
-needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built here")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -1,21 +1,16 @@
 """The checkpoint format: a dense model's files and one entry in config.json, which every way of loading obeys."""
 
-import hashlib
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import families
 import pytest
 import torch
+from checkpoints import digests, edit, load, python
 from families import logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import cats_llm
 from cats_llm import CatsConfig, CatsError, SparseMLP
@@ -23,42 +18,7 @@ from cats_llm.integrations.transformers import CatsQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TESTS = Path(__file__).parent
 CLEAN = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
-
-
-def load(folder, family=None, **kwargs):
-    images = family is not None and family.architecture.endswith("ConditionalGeneration")
-    return (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(folder, **kwargs)
-
-
-def digests(folder):
-    """What the weight files of a checkpoint hold, to the bit."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in Path(folder).glob("*safetensors*")}
-
-
-def python(code, *arguments):
-    """Run code in a new process."""
-    path = os.pathsep.join([str(TESTS), *sys.path])
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def edit(folder, target, change):
-    """A copy of a checkpoint with another quantization_config; weights are linked, not copied."""
-    target.mkdir()
-    for file in folder.iterdir():
-        if file.name != "config.json":
-            (target / file.name).symlink_to(file)
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 def test_weight_files_are_those_of_the_dense_model(case):

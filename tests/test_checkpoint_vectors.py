@@ -11,9 +11,9 @@ import sys
 import families
 import pytest
 import torch
+from checkpoints import digests, edit, load, python
 from families import logits
 from safetensors.torch import load_file, save_file
-from test_checkpoint import digests, edit, load, python
 from vectors import make_vectors, vector_config, vector_model
 
 import cats_llm

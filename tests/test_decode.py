@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import logits
+from marks import needs_kernels
 from torch import nn
 
 import cats_llm
@@ -13,7 +14,7 @@ from cats_llm.kernels import cpu, registry
 from cats_llm.model.decode_linear import decode_linear, decodes_on_our_kernels, use_decode_linears
 from cats_llm.model.structure import find_gated_mlps
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built here")
+pytestmark = needs_kernels
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_kernels
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -184,7 +185,7 @@ def test_adapters_that_do_not_fit_are_refused(runs, tmp_path):
         load_model(str(moved), device="cpu")
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built here")
+@needs_kernels
 @pytest.mark.parametrize("method", ["cats", "relu"])
 def test_merged_models_decode_on_the_kernel(runs, base, tmp_path, monkeypatch, method, ids):
     out = runs["merged"][0]

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 import pytest
 import yaml
-from test_bench import needs_kernels
+from marks import needs_kernels
 
 from cats_llm import recipes
 from cats_llm.cli import reproduce, reproduce_finetuning

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
-from bs4 import BeautifulSoup
+from pages import HOSTILE, check_page, parse, shown_number
 
 from cats_llm.report import (
     Continuation,
@@ -29,8 +29,6 @@ from cats_llm.report.figures import MAX_PANELS, histograms, looks, quality, show
 from cats_llm.report.figures import thresholds_by_layer as thresholds_figure
 from cats_llm.report.svg import inline_svg
 from cats_llm.report.wording import change, clean, findings, label, number, percent, target
-
-HOSTILE = "<script>alert(1)</script>{{ 7*7 }}{% raw %}&amp;\"'>]]>--> 漢字 مرحبا 👩‍💻 \x00\x1b \ud800 $\\frac{x}$ _"
 
 
 def distribution(layer=0, scale=0.1, zeros=0, groups=400, seed=0):
@@ -78,41 +76,10 @@ def report(layers=4, **changes):
     return replace(made, **changes)
 
 
-def parse(html):
-    return BeautifulSoup(html, "html.parser")
-
-
 def table(html):
     """The rows of the results: cells as shown."""
     rows = parse(html).select("table.results tbody tr")
     return [[cell.get_text().strip() for cell in row.find_all(["th", "td"])] for row in rows]
-
-
-def shown_number(text):
-    return float(text.replace("−", "-").replace(",", "").replace("%", "").replace("\xa0", ""))
-
-
-def check_page(html):
-    """What holds for every report: well formed, alone, ids unique, references resolved."""
-    soup = parse(html)
-    ids = [element["id"] for element in soup.find_all(id=True)]
-    assert len(ids) == len(set(ids))
-    for attribute in ("src", "href", "xlink:href", "action", "srcset"):
-        for element in soup.find_all(attrs={attribute: True}):
-            value = element[attribute]
-            assert value == "data:," or (value[0] == "#" and value[1:] in ids), value
-    for reference in re.findall(r"url\(([^)]*)\)", html):
-        assert reference[0] == "#"
-        assert reference[1:] in ids
-    assert "@import" not in html
-    assert soup.find("script") is None
-    assert soup.find("meta", attrs={"name": "viewport"})
-    html.encode("utf-8")
-    # void of what a broken number leaves behind
-    assert not re.search(r"\b(nan|inf|None)\b", soup.get_text())
-    for svg in soup.find_all("svg"):
-        assert not re.search(r"\b(nan|inf)\b", str(svg))
-    return soup
 
 
 def text_of(figure):
@@ -323,7 +290,7 @@ def test_page_is_the_same_in_another_process():
 
 def test_table_shows_the_numbers_that_went_in():
     made = report()
-    made.variants.append(variant(0.999, perplexity=123456.7, kl=9.87, top1_agreement=0.00012, tokens_per_second=27.89))
+    made.variants.append(variant(0.999, perplexity=123456.7, kl=9.87, top1_agreement=0.00012))
     html = render_html(made)
     assert [row[0] for row in table(html)] == [v.name for v in made.variants]
     for row, v in zip(table(html), made.variants, strict=True):
@@ -341,7 +308,7 @@ def test_table_shows_the_numbers_that_went_in():
     assert table(html)[1][6] == "+6.2\xa0%"
     # and to the last digit for machines
     exact = [float(element["value"]) for element in parse(html).select("table.results data")]
-    columns = "target_sparsity gate_sparsity ffn_sparsity model_sparsity perplexity kl top1_agreement tokens_per_second"
+    columns = "target_sparsity gate_sparsity ffn_sparsity model_sparsity perplexity kl top1_agreement"
     values = [getattr(v, column) for v in made.variants for column in columns.split()]
     assert exact == [value for value in values if value is not None]
 

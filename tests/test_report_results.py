@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from bs4 import BeautifulSoup
-from eval_files import PAPER8, eval_file, row, write
-from test_report import HOSTILE, check_page, shown_number
+from eval_files import BENCHES, PAPER8, eval_file, row, write
+from pages import HOSTILE, check_page, shown_number
 
 import cats_llm
 from cats_llm.calibration.distribution import MagnitudeDistribution
@@ -22,8 +22,6 @@ from cats_llm.report.costs import findings, main_measures, with_mean
 from cats_llm.report.page import headline, render_page
 from cats_llm.report.results import merge, read_eval
 from cats_llm.report.tables import markdown
-
-BENCHES = sorted((Path(__file__).parent.parent / "benchmarks" / "cpu").glob("*.json"))
 
 
 def result(values, path="a.json"):

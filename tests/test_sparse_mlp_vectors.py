@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from families import HIDDEN, logits
+from marks import needs_kernels
 from torch import nn
 from vectors import Reference, gated_mlp, make_vectors, reference_logits, vector_config, vector_model
 
@@ -103,9 +104,7 @@ def test_what_is_attached_to_down_proj_is_called(monkeypatch):
 
 
 KERNELS = {
-    "C++": pytest.param(
-        cpu.gated_mlp, marks=pytest.mark.skipif(not cpu.available(), reason="the kernels are not built")
-    ),
+    "C++": pytest.param(cpu.gated_mlp, marks=needs_kernels),
     "Triton": pytest.param(
         calls.gated_mlp, marks=pytest.mark.skipif(not calls.INTERPRETED, reason="CPU tensors need the interpreter")
     ),

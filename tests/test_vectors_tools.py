@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from marks import needs_kernels
 from vectors import vector_config, vector_model
 
 import cats_llm
@@ -18,7 +19,6 @@ from cats_llm.evaluation.cache import Cache, digest_model
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import Variant, run_evaluation
 from cats_llm.evaluation.sparsity import SparsityCounter
-from cats_llm.kernels import cpu
 from cats_llm.model.accounting import bytes_per_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,7 +159,7 @@ def test_bytes_of_some_vectors(llama):
     assert bytes_per_token(llama.dense, {}, vectors).dense == plain.dense
 
 
-@pytest.mark.skipif(not cpu.available(), reason="needs the CPU kernels")
+@needs_kernels
 def test_bench_decode_runs_and_counts_vectors():
     model = random_model(
         Shape("tiny", 64, 96, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=128), 2, torch.float32

@@ -5,12 +5,13 @@ import torch
 from cases import DTYPES, ISAS, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import needs_kernels
 
 from cats_llm.kernels import cpu
 from cats_llm.kernels.definition import ACTIVATIONS
 
 pytestmark = [
-    pytest.mark.skipif(not cpu.available(), reason="installed without the CPU kernels"),
+    needs_kernels,
     pytest.mark.usefixtures("one_thread"),
 ]
 

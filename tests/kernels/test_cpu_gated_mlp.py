@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, ISAS, Case, make
+from marks import needs_kernels
 
 from cats_llm.kernels import cpu, definition
 from cats_llm.kernels.definition import ACTIVATIONS
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without the CPU kernels")
+pytestmark = needs_kernels
 INF, NAN = float("inf"), float("nan")
 
 

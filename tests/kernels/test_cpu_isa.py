@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_kernels
 
 from cats_llm.kernels import cpu
 from cats_llm.kernels.cpu import library
 
-needs_library = pytest.mark.skipif(not cpu.available(), reason="installed without the CPU kernels")
 FLAGS = {
     "avx512_bf16": {"avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
@@ -21,7 +21,7 @@ FLAGS = {
 }
 
 
-@needs_library
+@needs_kernels
 def test_the_best_instruction_set_of_this_cpu_is_chosen():
     text = Path("/proc/cpuinfo").read_text()
     flags = set(next(line for line in text.splitlines() if line.startswith(("flags", "Features"))).split())
@@ -31,7 +31,7 @@ def test_the_best_instruction_set_of_this_cpu_is_chosen():
         assert cpu.isa() == runs[0]
 
 
-@needs_library
+@needs_kernels
 @pytest.mark.parametrize("name", cpu.available_isas()[1:])
 def test_each_instruction_set_is_faster_than_plain_code(name, one_thread):
     # catches a "version" that in truth runs scalar code
@@ -50,7 +50,7 @@ def timed(run) -> float:
     return time.perf_counter() - start
 
 
-@needs_library
+@needs_kernels
 def test_use_isa_switches_and_returns():
     before = cpu.isa()
     with cpu.use_isa("portable"):
@@ -61,7 +61,7 @@ def test_use_isa_switches_and_returns():
     assert cpu.isa() == before
 
 
-@needs_library
+@needs_kernels
 @pytest.mark.parametrize(
     ("wanted", "chosen", "said"), [("portable", "portable", ""), ("sse9", None, "CATS_CPU_ISA ignored")]
 )

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from cases import make
+from marks import needs_kernels
 
 from cats_llm.kernels import cpu, registry
 from cats_llm.kernels.registry import Request
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="installed without the CPU kernels")
+pytestmark = needs_kernels
 
 
 def test_leading_dimensions_and_non_contiguous_x():
