@@ -1,6 +1,5 @@
 """`cats demo`: the whole job on the bundled model and real text."""
 
-import statistics
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -109,7 +108,6 @@ class _Run:
     name: str
     config: CatsConfig | None
     evaluation: Evaluation
-    tokens_per_second: float | None
 
 
 def _run(
@@ -127,12 +125,10 @@ def _run(
     evaluation = evaluate.run(
         model, tokenizer, heldout, reference=reference, samples=samples, length=_SEQ_LENGTH, batch_size=8
     )
-    rates = []
     for prompt, continuations in texts.items():
         result = continue_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
         continuations[name] = str(result["text"])
-        rates += [rate] if (rate := result["tokens_per_second"]) is not None else []
-    return _Run(name, config, evaluation, statistics.median(rates) if rates else None)
+    return _Run(name, config, evaluation)
 
 
 @torch.no_grad()
@@ -155,14 +151,13 @@ def _worst(config: CatsConfig, layer_sparsity: dict[int, float]) -> float:
 
 def _show(runs: list[_Run], texts: dict[str, dict[str, str]]) -> None:
     dense = runs[0].evaluation
-    show(f"Gate sparsity asked for and achieved; quality on {dense.tokens} held-out tokens; speed at batch 1")
-    columns = ("calibration", "held-out", "of all weights", "perplexity", "change", "KL (nats)", "top-1", "tokens/s")
+    show(f"Gate sparsity asked for and achieved; quality on {dense.tokens} held-out tokens")
+    columns = ("calibration", "held-out", "of all weights", "perplexity", "change", "KL (nats)", "top-1")
     rows = table("model", *columns)
     for run in runs:
         result, config = run.evaluation, run.config
-        speed = "-" if run.tokens_per_second is None else f"{run.tokens_per_second:.0f}"
         if config is None:
-            rows.add_row(run.name, "-", "-", "-", f"{result.perplexity:.3f}", "-", "-", "-", speed)
+            rows.add_row(run.name, "-", "-", "-", f"{result.perplexity:.3f}", "-", "-", "-")
             continue
         mean = sum(config.layer_sparsity.values()) / len(config.layer_sparsity)
         rows.add_row(
@@ -174,11 +169,10 @@ def _show(runs: list[_Run], texts: dict[str, dict[str, str]]) -> None:
             f"{100 * (result.perplexity / dense.perplexity - 1):+.1f} %",
             f"{result.kl:.4f}",
             percent(result.top1_agreement, 1),
-            speed,
         )
     show(rows)
-    show("± is the worst layer's distance, in points, from the sparsity asked for. A model this small spends most of a")
-    show("token outside its MLPs and fits the caches: cats bench decode measures speed at the size of real models.\n")
+    show("± is the worst layer's distance, in points, from the sparsity asked for. Speed says nothing here, for")
+    show("a model this small fits the caches: cats bench decode measures it at the size of real models.\n")
     for prompt, continuations in texts.items():
         for name in (runs[0].name, runs[1].name):
             show(Text.assemble((name, "bold"), f": {prompt}", (continuations[name], "italic")))
@@ -190,7 +184,6 @@ def _results(profile: Profile, runs: list[_Run], texts: dict[str, dict[str, str]
         "calibration": profile.record,
         "configs": {run.name: run.config.to_dict() for run in runs if run.config is not None},
         "evaluations": {run.name: run.evaluation.to_dict() for run in runs},
-        "tokens_per_second": {run.name: run.tokens_per_second for run in runs},
         "continuations": texts,
     }
 
@@ -209,7 +202,6 @@ def _report(dense: Any, profile: Profile, runs: list[_Run], texts: dict[str, dic
             perplexity=run.evaluation.perplexity,
             kl=run.evaluation.kl,
             top1_agreement=run.evaluation.top1_agreement,
-            tokens_per_second=run.tokens_per_second,
         )
         for run in runs
     ]

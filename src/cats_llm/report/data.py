@@ -69,7 +69,6 @@ class Variant:
         perplexity: on the evaluation text, a token.
         kl: mean KL divergence of the next-token distribution from the dense model's, in nats.
         top1_agreement: share of tokens where it and the dense model find the same next token most likely.
-        tokens_per_second: of generation.
     """
 
     name: str
@@ -83,7 +82,6 @@ class Variant:
     perplexity: float | None
     kl: float | None
     top1_agreement: float | None
-    tokens_per_second: float | None = None
 
     @property
     def is_dense(self) -> bool:
