@@ -19,6 +19,7 @@ from pathlib import Path
 
 import families
 import pytest
+from browser import pytest_runtest_makereport  # noqa: F401  # a hook
 from torch import Tensor, nn
 
 import cats_llm

@@ -3,19 +3,16 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from eval_files import eval_file, write
-from test_report_results import BENCHES
+from browser import NEEDED, chromium
+from eval_files import BENCHES, eval_file, write
 
 from cats_llm import bundled
 from cats_llm.cli.main import main
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+pytestmark = NEEDED
 
 # asks the document in the frame what a reader would see
 PROBE = """
@@ -58,14 +55,6 @@ def page(tmp_path_factory):
     out = folder / "report.html"
     assert main(["report", *map(str, [*files, profile, *BENCHES]), "-o", str(out)]) == 0
     return out
-
-
-def chromium(folder, address, *options):
-    """Its output and its complaints about the page."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", *options, address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
