@@ -1,6 +1,7 @@
 # make demo: the main job on the bundled model.  make test: lint and all tests.  Both install what they need into .venv.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -9,8 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: $(VENV)/.demo
 	$(BIN)/cats demo --out demo-out --force
 
+# whole files to each worker, in the order of tests/conftest.py; a worker has one thread
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
 import os
 from tempfile import mkdtemp
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes that tests start
+
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -11,7 +13,9 @@ if not torch.cuda.is_available():
 os.environ["HF_DATASETS_CACHE"] = mkdtemp(prefix="cats-tests-")  # read when datasets is imported
 
 import copy
+import gc
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,7 +160,16 @@ def profile(model, tokenizer):
 
 
 def pytest_collection_modifyitems(items):
+    # the longest files first, so that no worker is left alone with one at the end
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish():
+    """What was imported stays: collecting garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
