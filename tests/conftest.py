@@ -142,6 +142,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Some 5,000 tokens of the bundled calibration text, for commands that calibrate on all they are given."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(bundled.calibration_text().read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def model():
     """The bundled model, dense. Modules that test other models have a fixture of their own."""

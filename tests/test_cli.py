@@ -544,7 +544,8 @@ def fitted(model, cats, tmp_path_factory):
     """A checkpoint of a criterion that needs vectors, and what the command wrote as JSON."""
     out = tmp_path_factory.mktemp("fitted")
     name = "moment+sequential+allocate+distill"
-    arguments = ["--sparsity", 0.6, "--data", TEXT, *SMALL, "--dtype", "float32", "--distill-steps", 4]
+    arguments = ["--sparsity", 0.6, "--data", TEXT, "--samples", 4, "--seq-length", 64, "--dtype", "float32"]
+    arguments += ["--distill-steps", 4]
     assert cats("sparsify", model, out / "m", "--criterion", name, *arguments, "--json", out / "m.json") == 0
     return out / "m"
 

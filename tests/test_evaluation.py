@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from scipy import stats
 import cats_llm
 from cats_llm import bundled
 from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.cli.main import main
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import Cache, digest_model, digest_tokenizer
 from cats_llm.evaluation.methods import Variant, make_variants
@@ -359,17 +359,16 @@ def test_the_digest_of_a_sparse_model_is_that_of_its_dense_one(llama, tokenizer)
     assert digest_tokenizer(changed) != digest_tokenizer(tokenizer)
 
 
-ARGUMENTS = (
-    "eval", str(bundled.model_path()), "--text", HELDOUT, "--calibration", CALIBRATION, "--sparsity", "0.5,0.7,0.9",
-    "--samples", "8", "--seq-length", "128", "--dtype", "float32", "--device", "cpu",
-)  # fmt: skip
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CATS_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "cats_llm.cli.main", *ARGUMENTS, "--json", str(tmp_path / "r.json")]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def test_a_killed_run_goes_on_where_it_was(short_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CATS_CACHE", str(tmp_path / "cache"))
+    arguments = [
+        "eval", str(bundled.model_path()), "--text", HELDOUT, "--calibration", short_text, "--sparsity", "0.5,0.7,0.9",
+        "--samples", "8", "--seq-length", "128", "--dtype", "float32", "--device", "cpu", "--json",
+        str(tmp_path / "r.json"),
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "cats_llm.cli.main", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     before = []
     for line in process.stderr:
         before.append(line)
@@ -382,19 +381,13 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert [name.name for name in tmp_path.iterdir()] == ["cache"]
     done = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "eval").glob("*.json")}
     assert len(done) >= 2
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    lines = [line for line in again.stderr.splitlines() if line.startswith("[")]
+    assert main(arguments) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert len(lines) == 4
     assert ["known already" in line for line in lines] == [i < len(done) for i in range(4)]
     assert all(file.stat().st_mtime_ns == time for file, time in done.items()), "computed again"
-    fresh = subprocess.run(
-        [*command[:-1], str(tmp_path / "f.json"), "--no-cache"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "known already" not in fresh.stderr
+    assert main([*arguments[:-1], str(tmp_path / "f.json"), "--no-cache"]) == 0
+    assert "known already" not in capsys.readouterr().err
     results = [json.loads((tmp_path / name).read_text(encoding="utf-8"))["results"] for name in ("r.json", "f.json")]
     assert results[0] == results[1]
 

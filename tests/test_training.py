@@ -2,8 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import families
@@ -343,19 +342,20 @@ def test_settings_that_make_no_sense_are_refused():
         ),
     ],
 )
-def test_yes_no_instructions(tmp_path, tokenizer, task, rows):
+def test_yes_no_instructions(tmp_path, tokenizer, monkeypatch, task, rows):
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     script = Path(__file__).parents[1] / "examples" / "yes_no_instructions.py"
-    line = [sys.executable, str(script), task, "train", str(out), "--source", str(source)]
-    subprocess.run(line, check=True)
+    monkeypatch.setattr("sys.argv", [str(script), task, "train", str(out), "--source", str(source)])
+    runpy.run_path(str(script), run_name="__main__")
     assert is_instructions(str(out))
     found = read_instructions(str(out), tokenizer, 128).examples
     assert [answer(tokenizer, example) for example in found] == [" yes</s>", " no</s>"]
     for row, example in zip(rows, found, strict=True):
         text = tokenizer.decode(example["input_ids"])
         assert all(part.strip() in text for part in row.values() if isinstance(part, str))
-    assert subprocess.run(line, capture_output=True, text=True).stderr.startswith("error: ")
+    with pytest.raises(SystemExit, match=r"^error: .* exists already"):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def test_the_share_below_a_threshold_is_that_of_counting(llama):
