@@ -71,3 +71,15 @@ def test_imports_point_one_way(file):
     }
     allowed = MAY_IMPORT[part] | {part} | (ALL_MAY_USE if part not in ("kernels", "errors") else set())
     assert imported <= allowed, f"{file} imports {sorted(imported - allowed)}"
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("test_*.py")), ids=lambda file: file.stem)
+def test_tests_import_no_tests(file):
+    """What several of them need stands in a helper module or in conftest.py."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert [name for name in names if name.startswith("test_")] == []

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from browser import NEEDED, chromium
+from demo_reports import report
 from eval_files import BENCHES, eval_file, write
 
 from cats_llm import bundled
 from cats_llm.cli.main import main
+from cats_llm.report import write_html
 
 pytestmark = NEEDED
 
@@ -43,10 +45,8 @@ onload = () => {
 """
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """A report with all kinds of files in it."""
-    folder = tmp_path_factory.mktemp("page")
+def results(folder):
+    """A page of `cats report` with all kinds of files in it."""
     files = [write(folder / f"{name}.json", eval_file(model=name, layers=8)) for name in ("before", "after")]
     profile = folder / "profile.safetensors"
     text = str(bundled.calibration_text())
@@ -57,9 +57,25 @@ def page(tmp_path_factory):
     return out
 
 
+def demo(folder):
+    """The page of `cats demo`."""
+    write_html(report(layers=8), folder / "report.html")
+    return folder / "report.html"
+
+
+PAGES = {"results": (results, 8), "demo": (demo, 4)}  # and how many figures there are at least
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def page(request, tmp_path_factory):
+    make, figures = PAGES[request.param]
+    return make(tmp_path_factory.mktemp("page")), figures
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_reader_sees_all_of_it(page, tmp_path, width, dark):
+    page, figures = page
     probe = tmp_path / "probe.html"
     document = html.escape(page.read_text(encoding="utf-8"), quote=True)
     probe.write_text(PROBE % {"width": width, "page": document}, encoding="utf-8")
@@ -72,7 +88,7 @@ def test_a_reader_sees_all_of_it(page, tmp_path, width, dark):
     assert found["outside"] == []
     shown, hidden = ("wide", "narrow") if width > 720 else ("narrow", "wide")
     assert (found[shown], found[hidden]) == (found["figures"], 0)
-    assert found["figures"] >= 8
+    assert found["figures"] >= figures
     assert found["smallest"] > 9, "text in figures is too small to read"
     assert found["headline"] < 200
     luminance = [sum(map(int, re.findall(r"\d+", found[key])[:3])) / 3 for key in ("background", "ink")]
@@ -82,6 +98,7 @@ def test_a_reader_sees_all_of_it(page, tmp_path, width, dark):
 def test_the_page_is_drawn(page, tmp_path):
     from PIL import Image
 
+    page, _ = page
     picture = Path(tmp_path / "page.png")
     chromium(tmp_path, page.as_uri(), "--hide-scrollbars", "--window-size=390,8000", f"--screenshot={picture}")
     with Image.open(picture) as image:
