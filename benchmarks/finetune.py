@@ -157,7 +157,7 @@ class Benchmark:
         args.out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(args.model)
         self.model = load_model(args.model, "float32", args.device)
-        self.collate = collator(self.tokenizer)
+        self.collate = collator()
         self.texts = Texts(args, self.tokenizer)
         sequences = load_sequences(
             str(bundled.calibration_text()), self.tokenizer, args.seq_length, samples=256, seed=0
