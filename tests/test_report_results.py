@@ -509,7 +509,7 @@ def test_speed_is_told():
 
 
 def test_the_command_writes_everything(tmp_path, capsys, profile):
-    files = [write(tmp_path / "a.json", eval_file()), tmp_path / "profile.safetensors", BENCHES[0]]
+    files = [write(tmp_path / "a.json", eval_file()), tmp_path / "profile.safetensors", *BENCHES]
     out, figures, text = tmp_path / "r.html", tmp_path / "figures", tmp_path / "t.md"
     arguments = ["report", *map(str, files), "-o", str(out), "--figures", str(figures), "--markdown", str(text)]
     assert main(arguments) == 0
