@@ -99,11 +99,11 @@ class _Tokenizer:
         ("a.jsonl", "some text".encode("utf-32"), "not UTF-8 text but UTF-32"),
         ("a.txt", "some text".encode("utf-16-le"), "full of zero bytes, as UTF-16"),
         ("a.txt.gz", b"plain text", "no gzip file, or it is damaged"),
-        ("a.txt.gz", gzip.compress(b"some text " * 99)[:-9], "no gzip file, or it is damaged"),
+        ("a.txt.gz", gzip.compress(b"some text " * 99, mtime=0)[:-9], "no gzip file, or it is damaged"),
         ("a.jsonl.zst", b"x", "unknown ending; decompress it first"),
         ("a.csv", b"x", "unknown ending; text is read from .txt, .jsonl, .parquet"),
         ("a.parquet.gz", b"x", "unknown ending"),
-        ("a.txt", gzip.compress(b"some text"), "compressed by gzip; call it .gz"),
+        ("a.txt", gzip.compress(b"some text", mtime=0), "compressed by gzip; call it .gz"),
         ("a.jsonl", b"PK\x03\x04...", "a zip archive; unpack it first"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n", "pointer .* git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n", "pointer .* git lfs pull"),
@@ -189,10 +189,10 @@ def test_prompts_and_completions_are_one_text(write):
 
 def test_endings_in_capitals_and_compressed_files(write, tmp_path):
     write("A.TXT", "A")
-    write("b.txt.gz", gzip.compress(b"B"))
-    write("c.JSONL.GZ", gzip.compress(b'{"text": "C"}'))
+    write("b.txt.gz", gzip.compress(b"B", mtime=0))
+    write("c.JSONL.GZ", gzip.compress(b'{"text": "C"}', mtime=0))
     write("d.txt", "D")
-    write("d.txt.gz", gzip.compress(b"D"))  # left where it was unpacked
+    write("d.txt.gz", gzip.compress(b"D", mtime=0))  # left where it was unpacked
     assert documents(str(tmp_path)) == ["A", "B", "C", "D"]
 
 
