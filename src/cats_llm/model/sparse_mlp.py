@@ -1,6 +1,6 @@
 """The module that takes the place of a gated MLP."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class SparseMLP(ExactVectors):
             setattr(self, attribute, getattr(dense, attribute))
         self.layer, self.roles = mlp.layer, mlp.roles
         self.__dict__["_relufied"] = None
+        self._projections = mlp.roles.projections  # once, not at every decode step
         self.activation_name = activation_name(mlp.activation)
         self.sparse = True
         self.expected_sparsity = 0.0
@@ -151,7 +152,7 @@ class SparseMLP(ExactVectors):
 
     def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
         """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""
-        linears = [cast("nn.Linear", self._modules[name]) for name in self.roles.projections]
+        linears: list[Any] = [self._modules[name] for name in self._projections]
         if torch.is_autocast_enabled(x.device.type) or not all(_is_plain(linear, x) for linear in linears):
             return None
         weights: list[Tensor] = [linear.weight for linear in linears]
