@@ -3,11 +3,15 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from cats_llm import bundled
 
 TESTS = Path(__file__).parent
 
@@ -15,6 +19,18 @@ TESTS = Path(__file__).parent
 def load(folder, family=None, **kwargs):
     images = family is not None and family.architecture.endswith("ConditionalGeneration")
     return (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(folder, **kwargs)
+
+
+def save_with_tokenizer(model, folder):
+    """A model of 4096 tokens with weights that matter, saved beside the bundled model's tokenizer."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled.model_path() / name, folder)
+    return folder
 
 
 def digests(folder):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_with_tokenizer
 from marks import needs_kernels
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -37,15 +38,7 @@ SHORT = {
 
 def tiny(config, folder):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(bundled.model_path() / name, folder)
-    return folder
+    return save_with_tokenizer(AutoModelForCausalLM.from_config(config), folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from checkpoints import save_with_tokenizer
 
 import cats_llm
 from cats_llm import bundled
@@ -46,15 +47,7 @@ def llama(**changes):
 
 def save(folder, config, architecture=None):
     """A model folder with the bundled tokenizer (4096 tokens)."""
-    model = tiny.tiny_model(config, architecture)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(bundled.model_path() / name, folder / name)
-    return folder
+    return save_with_tokenizer(tiny.tiny_model(config, architecture), folder)
 
 
 @pytest.fixture(scope="session")

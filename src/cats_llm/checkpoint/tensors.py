@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
 
 
 def check_tensors(skeleton: Any, folder: Path) -> list[str]:
@@ -35,8 +35,7 @@ def check_tensors(skeleton: Any, folder: Path) -> list[str]:
             generation_config=GenerationConfig(),  # the folder's own may be invalid, which is no fault of the weights
         )
     except Exception as error:  # what torch, safetensors and transformers raise of a damaged file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CatsError(f"could not read the weights in {folder}: {lines[0].strip().rstrip('.:')}.") from error
+        raise CatsError(f"could not read the weights in {folder}: {first_line(error)}.") from error
     return check_keys(info, str(folder))
 
 
