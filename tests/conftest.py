@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import families
 import pytest
-from browser import pytest_runtest_makereport  # noqa: F401  # a hook
 from torch import Tensor, nn
 
 import cats_llm
+import families
+from browser import pytest_runtest_makereport  # noqa: F401  # a hook
 from cats_llm import bundled
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.text import batched, load_sequences

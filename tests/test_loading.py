@@ -5,12 +5,11 @@ import logging
 import shutil
 
 import pytest
-import tiny
 import torch
 import transformers
-from checkpoints import save_with_tokenizer
 
 import cats_llm
+import tiny
 from cats_llm import bundled
 from cats_llm.calibration.batches import check_runs
 from cats_llm.cli.main import main
@@ -18,6 +17,7 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import evaluate
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.architecture import model_class
+from checkpoints import save_with_tokenizer
 
 PROSE = "It was a long walk to the mill, and the miller was not at home. "
 LLAMA = {

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import DTYPES, ISAS, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from marks import needs_kernels
 
 from cats_llm.kernels import cpu
 from cats_llm.kernels.definition import ACTIVATIONS
+from kernel_cases import DTYPES, ISAS, make
+from marks import needs_kernels
 
 pytestmark = [
     needs_kernels,

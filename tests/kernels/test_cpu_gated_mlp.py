@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, ISAS, Case, make
-from marks import needs_kernels
 
 from cats_llm.kernels import cpu, definition
 from cats_llm.kernels.definition import ACTIVATIONS
+from kernel_cases import DTYPES, ISAS, Case, make
+from marks import needs_kernels
 
 pytestmark = needs_kernels
 INF, NAN = float("inf"), float("nan")

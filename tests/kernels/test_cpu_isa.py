@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from marks import needs_kernels
 
 from cats_llm.kernels import cpu
 from cats_llm.kernels.cpu import library
+from marks import needs_kernels
 
 FLAGS = {
     "avx512_bf16": {"avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},

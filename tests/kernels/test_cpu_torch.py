@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import make
-from marks import needs_kernels
 
 from cats_llm.kernels import cpu, registry
 from cats_llm.kernels.registry import Request
+from kernel_cases import make
+from marks import needs_kernels
 
 pytestmark = needs_kernels
 

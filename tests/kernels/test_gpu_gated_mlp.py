@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import DTYPES, Case, affine, grid, make, matrix
 
 from cats_llm.kernels.definition import ACTIVATIONS, cats_activation
 from cats_llm.kernels.gpu import calls
 from cats_llm.kernels.gpu.config import FewTokens, OneToken, Tile
+from kernel_cases import DTYPES, Case, affine, grid, make, matrix
 
 # NumPy, under Triton's interpreter, warns of what a GPU computes silently
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
