@@ -26,13 +26,13 @@ from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.distill import Distillation
 from cats_llm.calibration.fit import fit
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import write_json
 from cats_llm.checkpoint.vectors import FILE, write_vectors
 from cats_llm.evaluation.cache import Cache
 from cats_llm.evaluation.methods import Variant, make_variants
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.loading import load_model, load_tokenizer
+from cats_llm.outputs import write_json
 from cats_llm.text import batched, load_sequences
 
 # what every draw of calibration text is used for, and what only draw 0 is

@@ -33,12 +33,12 @@ from cats_llm import bundled
 from cats_llm.benchmark import machine
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
-from cats_llm.checkpoint.files import write_file, write_json
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import exp, score_sequences
 from cats_llm.evaluation.paired import compare
 from cats_llm.evaluation.task import Metric
 from cats_llm.loading import default_device, load_model, load_tokenizer
+from cats_llm.outputs import write_file, write_json
 from cats_llm.report.training import Point, TrainingRun, curves, read_training
 from cats_llm.text import batched, load_sequences, read_documents, shuffled, token_sequences
 from cats_llm.training.data import Example, collator

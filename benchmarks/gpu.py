@@ -26,7 +26,7 @@ from cats_llm.benchmark.cuda_mlp import bench_cuda_mlp
 from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.rows import as_text, cuda_decode_table, cuda_mlp_table
 from cats_llm.benchmark.shapes import SHAPES, Shape
-from cats_llm.checkpoint.files import write_json
+from cats_llm.outputs import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("check", "mlp", "prefill", "decode", "tests")

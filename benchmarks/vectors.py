@@ -22,10 +22,10 @@ from cats_llm.benchmark.models import MLPs, copy_sharing_weights
 from cats_llm.benchmark.shapes import SHAPES
 from cats_llm.benchmark.timing import Spread, ratio, take_turns
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import write_json
 from cats_llm.checkpoint.vectors import LayerVectors
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import sparsify
+from cats_llm.outputs import write_json
 
 _LAYERS = 8
 _PARTS = {"plain": (), "thresholds": ("thresholds",), "both": ("thresholds", "compensation")}

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
 from cats_llm.model.coverage import sparse_tokens
@@ -227,18 +227,6 @@ def padding_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Which tokens of a batch count, bool (B * T,); None if all do."""
     mask = inputs.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Sum each tensor, in place, over the processes of torch.distributed, if it runs."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    # NCCL moves only what is on a GPU
-    transport = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    for tensor in tensors:
-        moved = tensor.to(transport)
-        dist.all_reduce(moved)
-        tensor.copy_(moved)
 
 
 class CalibrationText:

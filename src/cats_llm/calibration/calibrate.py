@@ -9,16 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import (
-    CalibrationData,
-    Inputs,
-    padding_mask,
-    read_batches,
-    run_decoder,
-    sum_over_processes,
-)
+from cats_llm.calibration.batches import CalibrationData, Inputs, padding_mask, read_batches, run_decoder
 from cats_llm.calibration.histogram import GateHistogram
 from cats_llm.calibration.profile import NOT_RUN, Profile
+from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.sparse_mlp import SparseMLP

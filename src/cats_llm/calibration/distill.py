@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import CalibrationText, run_decoder, sum_over_processes
+from cats_llm.calibration.batches import CalibrationText, run_decoder
 from cats_llm.calibration.predictions import counted_tokens, divergence, logits_of
+from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import GatedMLP

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.calibration.allocation import allocate
-from cats_llm.calibration.batches import (
-    CalibrationData,
-    CalibrationText,
-    read_batches,
-    rows_of,
-    run_decoder,
-    sum_over_processes,
-)
+from cats_llm.calibration.batches import CalibrationData, CalibrationText, read_batches, rows_of, run_decoder
 from cats_llm.calibration.calibrate import evaluated, record_of, tell_not_run
 from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.distill import Distillation, distill
@@ -29,6 +22,7 @@ from cats_llm.calibration.statistics import LayerStatistics, down_weight, hidden
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.distributed import sum_over_processes
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.coverage import set_coverage

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import run_decoder, sum_over_processes
+from cats_llm.calibration.batches import run_decoder
+from cats_llm.distributed import sum_over_processes
 from cats_llm.model.surgery import dense_function
 
 # rows at a time: vocabularies are large, and logarithms are taken in float32

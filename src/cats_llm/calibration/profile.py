@@ -12,9 +12,9 @@ from torch import nn
 
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import write_file
 from cats_llm.errors import CatsError
 from cats_llm.model.structure import find_gated_mlps
+from cats_llm.outputs import write_file
 
 _KEY = "cats_profile"
 NOT_RUN = "layers_not_run"

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import CalibrationText, rows_of, run_decoder, sum_over_processes
+from cats_llm.calibration.batches import CalibrationText, rows_of, run_decoder
+from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.kernels.definition import gate_activation
 from cats_llm.model.structure import GatedMLP

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cats_llm.checkpoint.files import write_file
 from cats_llm.errors import CatsError
+from cats_llm.outputs import write_file
 
 FILE = "cats.safetensors"
 """The file's name, beside the weights."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
-from cats_llm.checkpoint.files import check_space, write_folder
 from cats_llm.checkpoint.folder import ADAPTERS, CONFIG, ModelFolder, read_folder
 from cats_llm.checkpoint.json_text import remove_entry, set_entry
 from cats_llm.checkpoint.vectors import write_vectors
 from cats_llm.errors import CatsError
+from cats_llm.outputs import check_space, write_folder
 
 _ENTRY = "quantization_config"
 

@@ -14,13 +14,13 @@ from cats_llm.benchmark.mlp import bench_mlp
 from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.shapes import SHAPES, parse_shape
 from cats_llm.calibration.profile import Profile
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.cli import bench_cuda, options
 from cats_llm.cli.output import percent, quiet_libraries, show, table, track
 from cats_llm.errors import CatsError
 from cats_llm.kernels import cpu
 from cats_llm.loading import load_model
 from cats_llm.model.surgery import densify
+from cats_llm.outputs import check_output, write_json
 
 ShapeOption = Annotated[
     str | None,

@@ -8,15 +8,15 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
+from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.cli import options
 from cats_llm.cli.output import quiet_libraries, show, table, track
-from cats_llm.evaluation import parallel
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
+from cats_llm.outputs import check_output, write_json
 from cats_llm.text import batched, load_sequences
 
 Data = Annotated[
@@ -111,7 +111,7 @@ def _sequences(
 ) -> Iterator[Tensor]:
     options.check_length(length, model.config)
     sequences = load_sequences(data, tokenizer, length, samples=samples, **reading)
-    return islice(sequences, parallel.rank(), None, parallel.world_size())
+    return islice(sequences, distributed.rank(), None, distributed.world_size())
 
 
 def summarise(profile: Profile) -> dict[str, Any]:

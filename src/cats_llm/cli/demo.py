@@ -14,7 +14,6 @@ from rich.text import Text
 from cats_llm import bundled
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import check_output, write_folder, write_json
 from cats_llm.checkpoint.write import write_checkpoint
 from cats_llm.cli import calibrate, evaluate, options
 from cats_llm.cli.output import percent, quiet_libraries, show, table
@@ -24,6 +23,7 @@ from cats_llm.evaluation.evaluate import Evaluation
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.model.accounting import sparsity_of
 from cats_llm.model.surgery import densify, sparsify
+from cats_llm.outputs import check_output, write_folder, write_json
 from cats_llm.report import data as report_data
 from cats_llm.report.extra import require_extra
 from cats_llm.report.html import write_html

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.checkpoint.write import write_dense_checkpoint
 from cats_llm.cli import options
 from cats_llm.cli.output import quiet_libraries, show, show_left_out, size
 from cats_llm.loading import checkpoint_folder
+from cats_llm.outputs import check_output, write_json
 
 
 def add_to(app: typer.Typer) -> None:

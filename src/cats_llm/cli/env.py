@@ -3,9 +3,9 @@
 import typer
 
 from cats_llm.benchmark import machine
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.cli import options
 from cats_llm.cli.output import show, table
+from cats_llm.outputs import check_output, write_json
 
 
 def add_to(app: typer.Typer) -> None:

@@ -1,22 +1,20 @@
 """`cats eval`: variants of a model on texts and tasks, in one table."""
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.cli import options
 from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, table, track
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import parallel
 from cats_llm.evaluation.cache import Cache, digest_model
 from cats_llm.evaluation.evaluate import Evaluation, evaluate
 from cats_llm.evaluation.methods import METHODS, Variant, make_variants
@@ -25,6 +23,7 @@ from cats_llm.evaluation.run import Progress, run_evaluation
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.model.surgery import thresholds
+from cats_llm.outputs import check_output, command_line, write_json
 from cats_llm.text import batched, load_sequences, same_text
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def command(
             calibration, tokenizer, seq_length, samples=_CALIBRATION_SAMPLES, seed=0, **reading | {"split": "train"}
         )
         sequences = list(found)
-        mine = sequences[parallel.rank() :: parallel.world_size()]
+        mine = sequences[distributed.rank() :: distributed.world_size()]
         tracked = batched(track(mine, "calibrating", len(mine)), batch_size)
         loaded_profile = calibrate(base, tracked, data=calibration)
         batches = list(batched(sequences, batch_size))
@@ -216,9 +215,9 @@ def command(
         means=means,
         progress=show_progress,
         notify=notify,
-        command=" ".join(["cats", *sys.argv[1:]]),
+        command=command_line(),
     )
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         if json is not None:
             write_json(json, result, force)
         _show(result)
@@ -299,7 +298,7 @@ def default_cache() -> Path:
 
 def notify(message: str) -> None:
     """Tell the user, once for all processes."""
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         progress_console.print(message)
 
 

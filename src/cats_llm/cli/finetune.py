@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.cli import options
 from cats_llm.cli.output import percent, quiet_libraries, show
 from cats_llm.errors import CatsError
+from cats_llm.outputs import check_output, command_line, write_json
 
 _LEAST_STEPS = 350  # of the paper's runs on text
 
@@ -144,9 +144,9 @@ def command(
     # these import much
     import torch.distributed as dist
 
+    from cats_llm import distributed
     from cats_llm.calibration.batches import check_runs
     from cats_llm.calibration.profile import Profile
-    from cats_llm.evaluation import parallel
     from cats_llm.loading import default_device, load_model, load_skeleton, load_tokenizer
     from cats_llm.model.architecture import check_predicts_tokens
     from cats_llm.model.tokens import check_tokens
@@ -239,14 +239,14 @@ def command(
             arguments,
             resumed[0] if resumed is not None else None,
             show,
-            {"model": model, "dtype": dtype, "device": str(arguments.device), "command": _command()},
+            {"model": model, "dtype": dtype, "device": str(arguments.device), "command": command_line()},
         )
         if log["evaluations"][-1]["loss"] is None:
             raise CatsError(
                 f"the training diverged: the held-out loss is no number; choose a smaller --learning-rate than "
                 f"{learning_rate:g} (the log is {work / trainer.LOG_FILE})."
             )
-        if parallel.rank() == 0:
+        if distributed.rank() == 0:
             del loaded
             base = load("cpu")
             run.apply_method(base, method, run.final_config(log, base))
@@ -288,10 +288,6 @@ def _dtype(dtype: str, device: str) -> str:
     if dtype not in ("bfloat16", "float32"):
         raise CatsError(f"training takes --dtype bfloat16 or float32, not {dtype}, whose range is too small.")
     return dtype
-
-
-def _command() -> str:
-    return " ".join(["cats", *sys.argv[1:]])
 
 
 def _summarise(out: Path, log: dict[str, Any], kept: bool) -> None:

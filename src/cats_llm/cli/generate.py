@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.cli import options
 from cats_llm.cli.output import percent, progress_console, quiet_libraries
 from cats_llm.cli.streams import read_prompt
@@ -13,6 +12,7 @@ from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.model.accounting import sparsity_of
 from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.surgery import thresholds
+from cats_llm.outputs import check_output, write_json
 
 
 def add_to(app: typer.Typer) -> None:

@@ -6,7 +6,6 @@ import typer
 
 from cats_llm import bundled
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.checkpoint.vectors import FILE
 from cats_llm.cli import calibrate, options
 from cats_llm.cli.output import percent, quiet_libraries, show, size, table, track
@@ -15,6 +14,7 @@ from cats_llm.integrations.transformers import load_vectors
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.accounting import bytes_per_token, sparsity_of
 from cats_llm.model.structure import activation_name, find_gated_mlps
+from cats_llm.outputs import check_output, write_json
 
 
 def add_to(app: typer.Typer) -> None:

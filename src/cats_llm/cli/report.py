@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from cats_llm.calibration.profile import Profile
-from cats_llm.checkpoint.files import check_output, write_file
 from cats_llm.cli import options
 from cats_llm.cli.output import show
 from cats_llm.errors import CatsError
+from cats_llm.outputs import check_output, write_file
 from cats_llm.report import page
 from cats_llm.report.bench import is_bench, read_bench
 from cats_llm.report.collection import Collection, ProfileData

@@ -1,6 +1,5 @@
 """`cats reproduce`: an experiment of the paper, and its numbers beside ours."""
 
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from cats_llm.benchmark.decode import bench_decode
 from cats_llm.benchmark.mlp import bench_mlp
 from cats_llm.benchmark.shapes import parse_shape
 from cats_llm.calibration.profile import Profile
-from cats_llm.checkpoint.files import check_output, write_file, write_json
 from cats_llm.cli import calibrate, evaluate, options, report, reproduce_finetuning
 from cats_llm.cli.output import quiet_libraries, show, table
 from cats_llm.errors import CatsError
@@ -27,6 +25,7 @@ from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.kernels import cpu
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.structure import find_gated_mlps
+from cats_llm.outputs import check_output, command_line, write_file, write_json
 from cats_llm.recipes import BenchPlan, Comparison, EvaluationPlan, FinetuningPlan, Recipe, ThresholdPlan
 from cats_llm.report import page
 from cats_llm.report.extra import MissingExtraError, require_extra
@@ -191,7 +190,7 @@ class _Run:
             cache=self.cache,
             progress=evaluate.show_progress,
             notify=evaluate.notify,
-            command=_command(),
+            command=command_line(),
         )
         return {"result": result}
 
@@ -239,7 +238,7 @@ class _Run:
             device=self.device,
             resume=self.resume,
             force=self.force,
-            command=_command(),
+            command=command_line(),
         )
 
     def _bench_mlp(self, plan: BenchPlan) -> dict[str, Any]:
@@ -260,10 +259,6 @@ class _Run:
 def _dtype(plan: BenchPlan) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, plan.dtype)
     return dtype
-
-
-def _command() -> str:
-    return " ".join(["cats", *sys.argv[1:]])
 
 
 def _smoked(recipe: Recipe) -> Recipe:

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cats_llm.checkpoint.files import write_json
 from cats_llm.cli import finetune
 from cats_llm.cli.output import show
 from cats_llm.errors import CatsError
+from cats_llm.outputs import write_json
 from cats_llm.recipes import FinetuningPlan, Recipe
 from cats_llm.training.settings import METHODS, RUNS_FORMAT, RUNS_VERSION
 from cats_llm.training.write import LOG

@@ -7,7 +7,6 @@ import typer
 
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.coverage import Coverage
-from cats_llm.checkpoint.files import check_output, write_json
 from cats_llm.checkpoint.tensors import check_tensors
 from cats_llm.checkpoint.write import check_source, write_checkpoint
 from cats_llm.cli import calibrate, criterion, options
@@ -16,6 +15,7 @@ from cats_llm.loading import checkpoint_folder, load_model, load_skeleton, load_
 from cats_llm.model.accounting import sparsity_of
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
+from cats_llm.outputs import check_output, write_json
 
 
 def add_to(app: typer.Typer) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import cats_llm
-from cats_llm.checkpoint.files import write_json
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.task import Measurement
 from cats_llm.model.structure import unwrap
+from cats_llm.outputs import write_json
 
 # parts of the package whose code decides results
 _CODE = ("evaluation", "model", "kernels", "checkpoint", "text.py", "rows.py", "chat.py")

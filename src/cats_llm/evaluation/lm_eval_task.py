@@ -25,9 +25,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
+from cats_llm import distributed
 from cats_llm.calibration.batches import check_runs
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import digest_json
 from cats_llm.evaluation.paired import standard_error
@@ -58,7 +58,7 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.batch = batch
         self.counter = counter
         self.lengths: list[int] = []
-        self._rank, self._world_size = parallel.rank(), parallel.world_size()
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
         """Tokens that the model has an embedding for."""
@@ -99,16 +99,16 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all processes, joined."""
-        return parallel.all_gather_tensor(tensor)
+        return distributed.all_gather_tensor(tensor)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """The objects of all processes, on process ``dst``."""
-        gathered = parallel.gather(obj)
+        gathered = distributed.gather(obj)
         return gathered if self.rank == dst else None
 
     def barrier(self) -> None:
         """Wait for the other processes."""
-        parallel.gather(None)
+        distributed.gather(None)
 
 
 class LmEvalTask(Task):
@@ -216,11 +216,11 @@ class LmEvalTask(Task):
             )
         metrics = self._metrics(results) if results is not None else []
         return Measurement(
-            parallel.broadcast(metrics),
-            parallel.sum_counts(counter.counts()),
-            sum(parallel.gather(counter.tokens())),
+            distributed.broadcast(metrics),
+            distributed.sum_counts(counter.counts()),
+            sum(distributed.gather(counter.tokens())),
             time.perf_counter() - started,
-            parallel.sum_counts(counter.inputs()),
+            distributed.sum_counts(counter.inputs()),
         )
 
     def _metrics(self, results: dict[str, Any]) -> list[Metric]:

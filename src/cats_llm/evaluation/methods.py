@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from cats_llm import distributed
 from cats_llm.calibration.batches import CalibrationData, read_batches
 from cats_llm.calibration.criterion import PARTS, Criterion
 from cats_llm.calibration.fit import fit
@@ -20,7 +21,7 @@ from cats_llm.calibration.scores import SCORES
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import input_allocation, input_calibration, parallel
+from cats_llm.evaluation import input_allocation, input_calibration
 from cats_llm.evaluation.calibration import Calibration
 from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears, dense_inputs, sparse_inputs
 from cats_llm.model.accounting import input_sparsity_of, sparsity_of
@@ -76,7 +77,7 @@ def _criterion_config(
     if sparsity is None:
         raise CatsError(f"the method {criterion} needs a sparsity; pass --sparsity 0.5.")
     # each process fits its share, and all get the same
-    mine = calibration.text(str(criterion))[parallel.rank() :: parallel.world_size()]
+    mine = calibration.text(str(criterion))[distributed.rank() :: distributed.world_size()]
     data = calibration.profile.record.get("data") if calibration.profile is not None else None
     return fit(model, mine, sparsity, criterion, data=data)
 
@@ -266,7 +267,7 @@ def make_variants(
         for k in asked:
             equal = k if equal_bytes and chosen.unit == "inputs" else None
             share = k if equal is None else share_of_inputs(model, equal)
-            config = parallel.broadcast(chosen.configure(model, calibration, share))
+            config = distributed.broadcast(chosen.configure(model, calibration, share))
             if config is not None:
                 config = config.with_coverage(coverage)
             title = name + ("" if k is None else f" k={k:g}") + ("" if equal is None else " (equal bytes)") + suffix

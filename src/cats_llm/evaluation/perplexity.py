@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cats_llm import distributed
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.evaluate import exp, score_sequences
 from cats_llm.evaluation.paired import standard_error
@@ -105,7 +105,7 @@ class PerplexityTask(Task):
         """Score every window; under data parallelism each process its share."""
         started = time.perf_counter()
         counter = SparsityCounter(subject.model)
-        rank, world = parallel.rank(), parallel.world_size()
+        rank, world = distributed.rank(), distributed.world_size()
         mine = torch.arange(rank, len(self.windows), world)
         reference = subject.reference if self.distance else None
         parts: list[tuple[Tensor, ...]] = []
@@ -128,16 +128,16 @@ class PerplexityTask(Task):
             parts.append(batch.run(step))
             done += len(parts[-1][0])
         columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [torch.zeros(0)] * 5
-        gathered = [torch.cat(column) for column in zip(*parallel.gather(columns), strict=True)]
+        gathered = [torch.cat(column) for column in zip(*distributed.gather(columns), strict=True)]
         order = gathered[0].argsort()
         tokens, nll, kl, agree = (column[order] for column in gathered[1:])
-        counts = parallel.sum_counts(counter.counts())
+        counts = distributed.sum_counts(counter.counts())
         return Measurement(
             self._metrics(tokens, nll, kl, agree, reference is not None),
             counts,
-            sum(parallel.gather(counter.tokens())),
+            sum(distributed.gather(counter.tokens())),
             time.perf_counter() - started,
-            parallel.sum_counts(counter.inputs()),
+            distributed.sum_counts(counter.inputs()),
         )
 
     def _metrics(self, tokens: Tensor, nll: Tensor, kl: Tensor, agree: Tensor, compared: bool) -> list[Metric]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from cats_llm import distributed
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import parallel
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import Cache, digest_code, digest_json, digest_model, digest_tokenizer
 from cats_llm.evaluation.methods import METHODS, Variant, make_variants, method
@@ -100,9 +100,9 @@ def run_evaluation(
         for variant in variants:
             for task in tasks:
                 key = keys.of(variant, task) if keys is not None else None
-                known = parallel.broadcast(cache.load(key)) if cache is not None and key is not None else None
+                known = distributed.broadcast(cache.load(key)) if cache is not None and key is not None else None
                 measured = known or _measure(model, tokenizer, variant, task, batch)
-                if known is None and cache is not None and key is not None and parallel.rank() == 0:
+                if known is None and cache is not None and key is not None and distributed.rank() == 0:
                     cache.save(key, measured)
                 found[variant.name, task.name] = measured
                 clock.tick(task.name, measured.seconds, cached=known is not None, rest=_rest(variants, tasks, found))
@@ -214,10 +214,10 @@ def _rows(
             tokens = [part.tokens for part in parts]
             total = Measurement(
                 [average],
-                parallel.add_counts(part.counts for part in parts),
+                distributed.add_counts(part.counts for part in parts),
                 None if None in tokens else sum(t or 0 for t in tokens),
                 sum(part.seconds for part in parts),
-                parallel.add_counts(part.inputs for part in parts),
+                distributed.add_counts(part.inputs for part in parts),
             )
             other = _mean(dense, members) if variant.name != "dense" else None
             yield _row(base, variant.name, mean, average, other, total)

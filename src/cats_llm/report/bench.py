@@ -8,8 +8,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cats_llm.checkpoint.files import write_file
 from cats_llm.errors import CatsError
+from cats_llm.outputs import write_file
 from cats_llm.report.extra import require_extra
 from cats_llm.report.wording import SPACE, number, short_name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cats_llm.checkpoint.files import write_folder
+from cats_llm.outputs import write_folder
 from cats_llm.report import tables, training
 from cats_llm.report.bench import Bench, facts, sparsity
 from cats_llm.report.collection import Collection, drawings

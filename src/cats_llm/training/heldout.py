@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cats_llm.evaluation import parallel
+from cats_llm import distributed
 from cats_llm.evaluation.evaluate import exp
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.accounting import sparsity_of
@@ -44,7 +44,7 @@ def measure(
         same in every process. A model that diverged has a loss and perplexity of None.
     """
     counter = SparsityCounter(model)
-    rank, world = parallel.rank(), parallel.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     device = next(p.device for p in model.parameters())
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     loss, tokens, right = 0.0, 0, 0
@@ -65,10 +65,10 @@ def measure(
                 tokens += len(targets)
             right += int(((logits.argmax(-1) == labels) | ~wanted).all(1).sum())
     model.train(training)
-    losses, all_tokens, rights = zip(*parallel.gather((loss, tokens, right)), strict=True)
+    losses, all_tokens, rights = zip(*distributed.gather((loss, tokens, right)), strict=True)
     tokens = sum(all_tokens)
     mean = sum(losses) / tokens
-    counts = parallel.sum_counts(counter.counts())
+    counts = distributed.sum_counts(counter.counts())
     found: dict[str, Any] = {
         "loss": mean if math.isfinite(mean) else None,
         "perplexity": exp(mean) if math.isfinite(exp(mean)) else None,

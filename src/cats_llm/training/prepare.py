@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import write_json
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import parallel
+from cats_llm.outputs import write_json
 from cats_llm.text import same_text
 from cats_llm.training.data import Example, Examples, collator, is_instructions, read_instructions, read_text
 from cats_llm.training.run import Data
@@ -133,7 +133,7 @@ def choose_thresholds(
     if profile is not None:
         profile.check_model(model)
     else:
-        batches = data.calibration_batches(batch_size)[parallel.rank() :: parallel.world_size()]
+        batches = data.calibration_batches(batch_size)[distributed.rank() :: distributed.world_size()]
         profile = calibrate(model, batches, str(data.record["calibration"]))
     return profile.config(sparsity)
 
@@ -150,12 +150,12 @@ def begin(work: Path, facts: dict[str, Any], resume: bool, force: bool) -> tuple
     """
     found: Any = None
     error: str | None = None
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         try:
             found = _begin(work, json.loads(json.dumps(facts)), resume, force)
         except CatsError as reason:
             error = str(reason)
-    found, error = parallel.broadcast((found, error))
+    found, error = distributed.broadcast((found, error))
     if error is not None:
         raise CatsError(error)
     checkpoint: tuple[Path, list[dict[str, Any]]] | None = found

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import write_json
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import parallel
 from cats_llm.model.structure import unwrap
 from cats_llm.model.surgery import configure
+from cats_llm.outputs import write_json
 from cats_llm.training.heldout import measure
 from cats_llm.training.settings import Settings
 
@@ -151,7 +151,7 @@ class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
         base: Any = unwrap(model)
         before: CatsConfig = base.config.quantization_config
         assert before.sparsity is not None
-        mine = self.batches[parallel.rank() :: parallel.world_size()]
+        mine = self.batches[distributed.rank() :: distributed.world_size()]
         profile = calibrate(model, mine, before.calibration.get("data"))
         config = profile.config(before.sparsity).with_coverage(before.coverage)
         apply_config(model, config)

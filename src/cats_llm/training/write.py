@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from cats_llm.checkpoint.files import write_folder, write_json
 from cats_llm.loading import BASE, attach_adapters
+from cats_llm.outputs import write_folder, write_json
 
 LOG = "finetune.json"
 """The log, in the folder of the result."""

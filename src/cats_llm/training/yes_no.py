@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cats_llm.checkpoint.files import write_file
 from cats_llm.errors import CatsError
+from cats_llm.outputs import write_file
 from cats_llm.rows import read_rows
 
 Row = dict[str, Any]

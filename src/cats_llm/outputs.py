@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,11 @@ def write_json(path: str | Path, value: Any, force: bool = False) -> None:
     """Write ``value`` as indented JSON."""
     with write_file(path, force) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def command_line() -> str:
+    """How this program was called, for the record beside a result."""
+    return " ".join(["cats", *sys.argv[1:]])
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.files import write_file, write_folder, write_json
 from cats_llm.checkpoint.write import write_checkpoint
 from cats_llm.errors import CatsError
+from cats_llm.outputs import write_file, write_folder, write_json
 
 
 def content(folder):
@@ -90,7 +90,7 @@ def test_a_kill_in_the_middle_leaves_the_old_output_whole(tmp_path):
         (folder / "old").write_text("old")
     script = (
         "import sys, time\n"
-        "from cats_llm.checkpoint.files import write_folder\n"
+        "from cats_llm.outputs import write_folder\n"
         "with write_folder(sys.argv[1], force=True) as folder:\n"
         "    (folder / 'half').write_text('half')\n"
         "    print('writing', flush=True)\n"

@@ -1,4 +1,4 @@
-"""Several processes that share the work of one evaluation, as `accelerate launch` or `torchrun` start them."""
+"""Several processes that share the work, as `accelerate launch` or `torchrun` start them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -35,6 +35,18 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
+    """Sum each tensor, in place, over the processes, if there are several."""
+    if world_size() == 1:
+        return
+    # NCCL moves only what is on a GPU
+    transport = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    for tensor in tensors:
+        moved = tensor.to(transport)
+        dist.all_reduce(moved)
+        tensor.copy_(moved)
 
 
 def _running() -> bool:
