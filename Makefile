@@ -1,23 +1,27 @@
-# make demo: the main job on the bundled model.  make test: lint and all tests.  Both install what they need into .venv.
+# make demo: the main job on the bundled model.  make test: lint, docs and all tests.  Both install what they need into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format sanitize clean
+.PHONY: demo test lint docs format sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo --out demo-out --force
 
 # whole files to each worker, in the order of tests/conftest.py; a worker has one thread
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# into docs/_build; a link or a name in a docstring that leads nowhere fails
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -46,4 +50,4 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) demo-out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
