@@ -10,7 +10,7 @@ from cats_llm.chat import conversation, render
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
 from cats_llm.loading import load_tokenizer
-from cats_llm.text import load_sequences, read_documents
+from cats_llm.text import RowFormat, TextSource, load_sequences, read_documents
 from cats_llm.training.data import IGNORED, is_instructions, read_instructions
 
 TEMPLATE = (
@@ -97,9 +97,10 @@ def test_spellings_of_one_conversation(chatty, spelling):
 )
 def test_rows_that_hold_a_conversation(chatty, write, name, row, reading):
     source = write(row, name=name)
-    assert list(read_documents(source, tokenizer=chatty, **reading)) == [TEXT]
-    assert is_instructions(source, **reading)
-    (example,) = read_instructions(source, chatty, 64, **reading).examples
+    source = TextSource(source, RowFormat(**reading))
+    assert list(read_documents(source, tokenizer=chatty)) == [TEXT]
+    assert is_instructions(source)
+    (example,) = read_instructions(source, chatty, 64).examples
     assert chatty.decode(example["labels"][example["labels"] != IGNORED]).endswith("The miller.\n")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cats_llm.errors import CatsError
 from cats_llm.rows import SEPARATOR, Tally, pieces, read_rows
-from cats_llm.text import load_sequences, read_documents
+from cats_llm.text import RowFormat, TextSource, load_sequences, read_documents
 
 BOM = b"\xef\xbb\xbf"
 
@@ -30,8 +30,8 @@ def write(tmp_path):
     return write
 
 
-def documents(source, **reading):
-    return [document for document in read_documents(source, **reading) if document]
+def documents(source, tally=None, **rows):
+    return [document for document in read_documents(TextSource(source, RowFormat(**rows)), tally=tally) if document]
 
 
 def parquet(path, table):

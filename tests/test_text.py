@@ -7,7 +7,16 @@ import torch
 
 from cats_llm.errors import CatsError
 from cats_llm.rows import SEPARATOR
-from cats_llm.text import TextSize, batched, load_sequences, read_documents, shuffled, token_sequences
+from cats_llm.text import (
+    RowFormat,
+    TextSize,
+    TextSource,
+    batched,
+    load_sequences,
+    read_documents,
+    shuffled,
+    token_sequences,
+)
 
 
 class Tokenizer:
@@ -56,7 +65,7 @@ def test_parquet(tmp_path):
 
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"content": ["x", "y"], "n": [1, 2]}), file)
-    assert list(read_documents(str(file), text_column="content")) == ["x", "y"]
+    assert list(read_documents(TextSource(str(file), RowFormat("content")))) == ["x", "y"]
     with pytest.raises(CatsError, match=r"column 'text' \(it has: content, n\)"):
         list(read_documents(str(file)))
     file.write_bytes(b"PAR1 nonsense")
@@ -73,7 +82,7 @@ def test_hub_datasets_are_streamed(monkeypatch):
         return iter([{"content": "x"}, {"content": "y"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    documents = read_documents("org/name", text_column="content", dataset_config="en", split="validation")
+    documents = read_documents(TextSource("org/name", RowFormat("content", "en", "validation")))
     assert list(documents) == ["x", "y"]
     assert asked == {"name": "org/name", "config": "en", "split": "validation", "streaming": True}
 

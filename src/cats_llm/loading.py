@@ -1,10 +1,11 @@
-"""Load models and tokenizers for the command line, with errors for users."""
+"""Load models and tokenizers, with errors for users."""
 
 import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,70 @@ from cats_llm.checkpoint.tensors import check_keys
 from cats_llm.errors import CatsError, first_line
 from cats_llm.model.architecture import build_skeleton, model_class
 from cats_llm.model.surgery import thresholds
+from cats_llm.options import Panel, option
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE = "base"
 """Where a folder of adapters that `cats finetune` wrote keeps the model that they belong to."""
+
+
+def parse_device(text: str) -> str:
+    """The text itself, if it is a device that is there.
+
+    Raises:
+        CatsError: it is none.
+    """
+    if text == "auto":
+        return text
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise CatsError(f"{text!r} is no device; use cpu, cuda, cuda:1 or auto.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CatsError(f"{text!r} was asked for, but PyTorch finds no CUDA GPU here.")
+    return text
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise CatsError(f"{text!r} is none of {', '.join(DTYPES)}.")
+    return text
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, and in what form it is loaded."""
+
+    model: str = option(help="A folder, or a name on the hub.", positional=True, metavar="MODEL")
+    revision: str | None = option(None, help="Branch, tag or commit of a model on the hub.", panel=Panel.DATA)
+    trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.", panel=Panel.DATA)
+    device: str | None = option(
+        None,
+        help="cpu, cuda, cuda:1, or auto to spread over all. Default: the GPU if there is one.",
+        parse=parse_device,
+        panel=Panel.DATA,
+    )
+    dtype: str = option(
+        "auto", help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.", parse=_dtype, panel=Panel.DATA
+    )
+
+    def load(self) -> Any:
+        """See `load_model`."""
+        return load_model(self.model, self.dtype, self.device, self.revision, self.trust_remote_code)
+
+    def skeleton(self) -> Any:
+        """See `load_skeleton`."""
+        return load_skeleton(self.model, self.revision, self.trust_remote_code)
+
+    def tokenizer(self) -> Any:
+        """See `load_tokenizer`."""
+        return load_tokenizer(self.model, self.revision, self.trust_remote_code)
+
+    def folder(self) -> Path:
+        """See `checkpoint_folder`."""
+        return checkpoint_folder(self.model, self.revision)
 
 
 def default_device() -> str:

@@ -19,6 +19,15 @@ T = TypeVar("T")
 _KEY = "option"
 
 
+class Panel:
+    """The groups that the help of a command shows its options in."""
+
+    DATA = "Model and data"
+    SPARSITY = "What is sparse"
+    MEASURING = "Measuring"
+    OUTPUT = "Output"
+
+
 @dataclass(frozen=True)
 class Option:
     """What is known of a field beside its type and default.

@@ -14,12 +14,42 @@ from torch import Tensor
 
 from cats_llm.chat import Message, conversation, render
 from cats_llm.errors import CatsError, first_line
+from cats_llm.options import Panel, option
 from cats_llm.rows import Tally, missing_column, pieces, read_rows
 
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 _CONVERSATIONS = ("messages", "conversations")
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Where the text stands in files of rows and in datasets."""
+
+    text_column: str = option(
+        "text", help="Where the text or conversation is in .jsonl, .parquet and datasets.", panel=Panel.DATA
+    )
+    dataset_config: str | None = option(None, help="Configuration of a hub dataset.", panel=Panel.DATA)
+    split: str = option("train", help="Split of a hub dataset, or of a folder laid out as one.", panel=Panel.DATA)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A .txt, .jsonl or .parquet file, a folder of them, or a dataset on the hub.
+
+    Attributes:
+        path: of the file or folder, or the name of the dataset.
+        rows: where the text stands in it.
+    """
+
+    path: str
+    rows: RowFormat = RowFormat()
+
+    @classmethod
+    def of(cls, source: "TextSource | str") -> "TextSource":
+        """The source itself; a path alone is read with the usual columns."""
+        return source if isinstance(source, TextSource) else cls(source)
 
 
 @dataclass
@@ -48,30 +78,25 @@ Content = str | Pair | list[Message]
 """What a row holds: a text, a prompt and its completion, or a conversation."""
 
 
-def read_contents(
-    source: str,
-    text_column: str = "text",
-    dataset_config: str | None = None,
-    split: str = "train",
-    tally: Tally | None = None,
-) -> Iterator[tuple[str, Content]]:
+def read_contents(source: TextSource | str, tally: Tally | None = None) -> Iterator[tuple[str, Content]]:
     """What the rows of a source hold, and where each stands.
 
-    Of a row the first of these that has a value counts: ``text_column``, ``messages`` or ``conversations``, ``prompt``
+    Of a row the first of these that has a value counts: the text column, ``messages`` or ``conversations``, ``prompt``
     with ``completion``. A row without any text in it (null, or white space) is left out and counted; one that is
     neither stops the reading.
 
     Args:
-        source, dataset_config, split, tally: see `cats_llm.rows.read_rows`.
-        text_column: where the text is in .jsonl, .parquet and datasets.
+        tally: counts rows, and those that are left out.
 
     Raises:
         CatsError: from `read_rows`; or a row is damaged or has none of the columns.
     """
+    source = TextSource.of(source)
     tally = tally if tally is not None else Tally()
-    columns = (text_column, *_CONVERSATIONS, *Pair._fields)
-    for where, row in read_rows(source, columns, dataset_config, split, tally):
-        content = row if isinstance(row, str) else _content(row, text_column, where)
+    rows = source.rows
+    columns = (rows.text_column, *_CONVERSATIONS, *Pair._fields)
+    for where, row in read_rows(source.path, columns, rows.dataset_config, rows.split, tally):
+        content = row if isinstance(row, str) else _content(row, rows.text_column, where)
         if isinstance(row, str) or not _is_empty(content):
             yield where, content
         else:
@@ -115,31 +140,21 @@ def _is_empty(content: Content) -> bool:
     return not any(message["content"].strip() or "tool_calls" in message for message in content)
 
 
-def read_documents(
-    source: str,
-    text_column: str = "text",
-    dataset_config: str | None = None,
-    split: str = "train",
-    tokenizer: Any = None,
-    tally: Tally | None = None,
-) -> Iterator[str]:
-    """Documents of a .txt, .jsonl or .parquet file, of a folder of them, or of a dataset on the hub, one at a time.
+def read_documents(source: TextSource | str, tokenizer: Any = None, tally: Tally | None = None) -> Iterator[str]:
+    """Documents of a text source, one at a time.
 
     Conversations become texts by the tokenizer's chat template, without the special tokens at their beginning and
     end that `token_sequences` adds; a prompt and its completion are one text.
 
     Args:
-        source: a path, or the name of a dataset.
-        text_column: where the text is in .jsonl, .parquet and datasets.
-        dataset_config, split: of a dataset on the hub.
         tokenizer: has the chat template; needed only for conversations.
         tally: counts rows, and those that are left out; None says at the end how many in a warning of the log.
 
     Raises:
         CatsError: there is no such file or dataset, or it cannot be read; see `read_contents`.
     """
-    own = tally if tally is not None else Tally()
-    for where, content in read_contents(source, text_column, dataset_config, split, own):
+    counted = tally if tally is not None else Tally()
+    for where, content in read_contents(source, counted):
         if isinstance(content, Pair):
             yield content.prompt + content.completion
         elif isinstance(content, str):
@@ -149,13 +164,13 @@ def read_documents(
         else:
             yield _without_ends(render(content, tokenizer, where), tokenizer)
     if tally is None:
-        log_notes(source, own)
+        log_notes(source, counted)
 
 
-def log_notes(source: str, tally: Tally) -> None:
+def log_notes(source: TextSource | str, tally: Tally) -> None:
     """Tell the user, by a warning of the log, what was left out of a source."""
     for note in tally.notes():
-        logger.warning("%s: %s.", source, note)
+        logger.warning("%s: %s.", TextSource.of(source).path, note)
 
 
 def text_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -259,7 +274,7 @@ def shuffled(items: Iterable[Item], seed: int, buffer: int = 1024) -> Iterator[I
 
 
 def load_sequences(
-    source: str,
+    source: TextSource | str,
     tokenizer: Any,
     length: int,
     samples: int | None = None,
@@ -267,30 +282,30 @@ def load_sequences(
     stride: int | None = None,
     size: TextSize | None = None,
     tally: Tally | None = None,
-    **reading: Any,
 ) -> Iterator[Tensor]:
     """Token sequences of a text source.
 
     Args:
-        source: see `read_documents`, which also takes ``reading`` and ``tally``.
         length: tokens a sequence.
         samples: at most so many sequences; None takes all.
         seed: draw them in a random order; None takes them in the order of the text.
         stride, size: see `token_sequences`.
+        tally: see `read_documents`.
 
     Raises:
         CatsError: from `read_documents`; or the text is empty or shorter than one sequence.
     """
     characters = 0
-    own = tally if tally is not None else Tally()
+    source = TextSource.of(source)
+    counted = tally if tally is not None else Tally()
 
     def documents() -> Iterator[str]:
         nonlocal characters
-        for document in read_documents(source, tokenizer=tokenizer, tally=own, **reading):
+        for document in read_documents(source, tokenizer, counted):
             characters += len(document)
             yield document
 
-    sequences: Iterable[Tensor] = token_sequences(documents(), tokenizer, length, stride, size, own)
+    sequences: Iterable[Tensor] = token_sequences(documents(), tokenizer, length, stride, size, counted)
     if seed is not None:
         sequences = shuffled(sequences, seed)
     number = 0
@@ -299,13 +314,24 @@ def load_sequences(
         yield sequence
     if number == 0 and samples != 0:
         if characters == 0:
-            empty = f": all of its {own.rows} rows are empty" if own.empty else ""
-            raise CatsError(f"{source} holds no text{empty}.")
+            empty = f": all of its {counted.rows} rows are empty" if counted.empty else ""
+            raise CatsError(f"{source.path} holds no text{empty}.")
         raise CatsError(
-            f"{source} holds fewer tokens than one sequence of {length}; give more text or a smaller --seq-length."
+            f"{source.path} holds fewer tokens than one sequence of {length}; give more text or a smaller --seq-length."
         )
     if tally is None:
-        log_notes(source, own)
+        log_notes(source, counted)
+
+
+def check_length(length: int, config: Any) -> None:
+    """Refuse sequences longer than the model of this config can read.
+
+    Raises:
+        CatsError: they are.
+    """
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise CatsError(f"--seq-length {length} is more than the {limit} tokens that the model can read.")
 
 
 def same_text(one: str, other: str) -> bool:

@@ -21,7 +21,7 @@ from cats_llm import CatsError, bundled
 from cats_llm.cli.main import main
 from cats_llm.kernels import cpu, registry
 from cats_llm.loading import load_model, load_tokenizer
-from cats_llm.text import load_sequences
+from cats_llm.text import RowFormat, load_sequences
 from cats_llm.training import prepare
 from cats_llm.training.run import resumed_config
 from checkpoints import save_with_tokenizer
@@ -283,7 +283,7 @@ def test_the_steps_are_those_of_a_plain_loop(base, tmp_path):
     kept = finetune(base, tmp_path / "kept", **(settings | {"lr": 0.0, "keep_adapters": True, "steps": 1}))
     assert kept["data"]["examples"] == 8  # so every batch is the whole of it, in whatever order
     model = load_model(str(tmp_path / "kept"), device="cpu")  # the adapters as they began
-    data = prepare.Sources(str(TEXT), None, None, 32, 10, 4, 4, {}).read(load_tokenizer(str(base)), 0, True)
+    data = prepare.Sources(str(TEXT), None, None, 32, 10, 4, 4, RowFormat()).read(load_tokenizer(str(base)), 0, True)
     parameters = [p for name, p in model.named_parameters() if "lora_" in name]
     for p in model.parameters():
         p.requires_grad_(False)
@@ -326,7 +326,7 @@ def test_refreshed_thresholds_hold_the_sparsity(base, tmp_path):
     assert [entry["step"] for entry in log["thresholds"]] == [0, 3, 6]
     model = load_model(str(tmp_path / "out"), device="cpu")
     # the last calibration was of these weights, on these examples
-    data = prepare.Sources(str(TEXT), None, None, 32, 32, 4, 4, {}).read(load_tokenizer(str(base)), 0, True)
+    data = prepare.Sources(str(TEXT), None, None, 32, 32, 4, 4, RowFormat()).read(load_tokenizer(str(base)), 0, True)
     expected = cats_llm.calibrate(copy.deepcopy(model), [torch.stack([e["input_ids"] for e in data.aside])])
     assert cats_llm.thresholds(model) == pytest.approx(expected.config(0.7).thresholds, rel=1e-2)
     assert {int(k): v for k, v in log["thresholds"][0]["thresholds"]["thresholds"].items()} != pytest.approx(
@@ -355,7 +355,7 @@ def test_instructions(base, tmp_path):
     assert log["evaluations"][-1]["loss"] < log["evaluations"][0]["loss"] - 1
     # the accuracy is that of generating
     model, tokenizer = load_model(str(tmp_path / "out"), device="cpu"), load_tokenizer(str(base))
-    data = prepare.Sources(str(source), None, None, 32, None, 4, 4, {}).read(tokenizer, 0, True)
+    data = prepare.Sources(str(source), None, None, 32, None, 4, 4, RowFormat()).read(tokenizer, 0, True)
     right = 0
     for example in data.heldout:
         prompt = int((example["labels"] == -100).sum())

@@ -15,7 +15,7 @@ import families
 from cats_llm import CatsError, bundled
 from cats_llm.loading import load_tokenizer
 from cats_llm.model.surgery import relufy
-from cats_llm.text import load_sequences
+from cats_llm.text import RowFormat, load_sequences
 from cats_llm.training.adapters import adaptable, add_adapters
 from cats_llm.training.data import IGNORED, collator, is_instructions, read_instructions, read_text
 from cats_llm.training.heldout import measure
@@ -222,7 +222,7 @@ def sources(train=TEXT, **changes):
         "samples": 40,
         "heldout_samples": 3,
         "calibration_samples": 2,
-        "reading": {},
+        "reading": RowFormat(),
     }
     return Sources(train, **(values | changes))
 

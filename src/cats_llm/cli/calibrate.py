@@ -17,7 +17,7 @@ from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.outputs import check_output, write_json
-from cats_llm.text import batched, load_sequences
+from cats_llm.text import RowFormat, TextSource, batched, check_length, load_sequences
 
 Data = Annotated[
     str,
@@ -67,14 +67,11 @@ def command(
     profile = run(
         load_model(model, dtype, device, revision, trust_remote_code),
         load_tokenizer(model, revision, trust_remote_code),
-        data,
+        TextSource(data, RowFormat(text_column, dataset_config, split)),
         samples=samples,
         length=seq_length,
         batch_size=batch_size,
         seed=seed,
-        text_column=text_column,
-        dataset_config=dataset_config,
-        split=split,
     )
     profile.save(output, force)
     summary = summarise(profile)
@@ -89,28 +86,40 @@ def command(
 
 
 def run(
-    model: Any, tokenizer: Any, data: str, *, samples: int, length: int, batch_size: int, **reading: Any
+    model: Any,
+    tokenizer: Any,
+    data: TextSource | str,
+    *,
+    samples: int,
+    length: int,
+    batch_size: int,
+    seed: int | None = None,
 ) -> Profile:
-    """Calibrate on a text source, with a progress bar. ``reading`` goes to `load_sequences`.
-
-    Of several processes each takes its share.
-    """
-    sequences = _sequences(model, tokenizer, data, samples, length, reading)
-    return calibrate(model, batched(track(sequences, "calibrating", samples), batch_size), data, tokenizer)
+    """Calibrate on a text source, with a progress bar. Of several processes each takes its share."""
+    sequences = _sequences(model, tokenizer, data, samples, length, seed)
+    batches = batched(track(sequences, "calibrating", samples), batch_size)
+    return calibrate(model, batches, TextSource.of(data).path, tokenizer)
 
 
 def load_batches(
-    model: Any, tokenizer: Any, data: str, *, samples: int, length: int, batch_size: int, **reading: Any
+    model: Any,
+    tokenizer: Any,
+    data: TextSource | str,
+    *,
+    samples: int,
+    length: int,
+    batch_size: int,
+    seed: int | None = None,
 ) -> list[Tensor]:
     """The same text as `run` takes, for what goes over it several times."""
-    return list(batched(_sequences(model, tokenizer, data, samples, length, reading), batch_size))
+    return list(batched(_sequences(model, tokenizer, data, samples, length, seed), batch_size))
 
 
 def _sequences(
-    model: Any, tokenizer: Any, data: str, samples: int, length: int, reading: dict[str, Any]
+    model: Any, tokenizer: Any, data: TextSource | str, samples: int, length: int, seed: int | None
 ) -> Iterator[Tensor]:
-    options.check_length(length, model.config)
-    sequences = load_sequences(data, tokenizer, length, samples=samples, **reading)
+    check_length(length, model.config)
+    sequences = load_sequences(data, tokenizer, length, samples=samples, seed=seed)
     return islice(sequences, distributed.rank(), None, distributed.world_size())
 
 

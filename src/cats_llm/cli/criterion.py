@@ -17,6 +17,7 @@ from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.cli import calibrate
 from cats_llm.cli.output import percent, progress_console, show, table
 from cats_llm.errors import CatsError
+from cats_llm.text import TextSource
 
 AUTO = "auto"
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -118,17 +119,17 @@ class Asked:
         return self.sparsity if self.size is None else sparsity_for_bytes(skeleton, self.size)
 
     def config(
-        self, model: Any, tokenizer: Any, data: str, reading: Mapping[str, Any]
+        self, model: Any, tokenizer: Any, data: TextSource, drawing: Mapping[str, Any]
     ) -> tuple[CatsConfig, Choice | None]:
-        """Calibrate on a text source; ``reading`` goes to `calibrate.load_batches`."""
+        """Calibrate on a text source; ``drawing`` goes to `calibrate.load_batches`."""
         if self.profile_is_enough:
             sparsity = self.gate_sparsity(model)
             assert sparsity is not None
-            profile = calibrate.run(model, tokenizer, data, **reading)
+            profile = calibrate.run(model, tokenizer, data, **drawing)
             return profile.config(sparsity).with_coverage(self.coverage), None
-        batches = calibrate.load_batches(model, tokenizer, data, **reading)
+        batches = calibrate.load_batches(model, tokenizer, data, **drawing)
         settings: dict[str, Any] = {
-            "data": data,
+            "data": data.path,
             "coverage": self.coverage,
             "distillation": Distillation(self.distill_steps),
         }

@@ -24,7 +24,7 @@ from cats_llm.evaluation.tasks import TASK_SETS, build_tasks
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.model.surgery import thresholds
 from cats_llm.outputs import check_output, command_line, write_json
-from cats_llm.text import batched, load_sequences, same_text
+from cats_llm.text import RowFormat, TextSource, batched, check_length, load_sequences, same_text
 
 if TYPE_CHECKING:
     from cats_llm.evaluation.task import Task
@@ -170,9 +170,9 @@ def command(
     device = _join_processes(device)
     loaded_profile = Profile.load(profile) if profile is not None else None
     _check_held_out(calibration or (loaded_profile.record.get("data") if loaded_profile else None), text or [], split)
-    reading: dict[str, Any] = {"text_column": text_column, "dataset_config": dataset_config, "split": split}
+    rows = RowFormat(text_column, dataset_config, split)
     work: list[Task] = [
-        PerplexityTask(source, name, seq_length, stride, samples, seed, reading=reading)
+        PerplexityTask(TextSource(source, rows), name, seq_length, stride, samples, seed)
         for name, source in _text_names(text or []).items()
     ]
     made, means = build_tasks(_names(tasks or ""), data_dir, limit, num_fewshot, apply_chat_template)
@@ -183,15 +183,13 @@ def command(
 
     base = load(against or model)
     if text:
-        options.check_length(seq_length, base.config)
+        check_length(seq_length, base.config)
     tokenizer = load_tokenizer(against or model, trust_remote_code=trust_remote_code)
     batches = None
     if calibration is not None:
-        options.check_length(seq_length, base.config)
-        found = load_sequences(
-            calibration, tokenizer, seq_length, samples=_CALIBRATION_SAMPLES, seed=0, **reading | {"split": "train"}
-        )
-        sequences = list(found)
+        check_length(seq_length, base.config)
+        source = TextSource(calibration, replace(rows, split="train"))
+        sequences = list(load_sequences(source, tokenizer, seq_length, samples=_CALIBRATION_SAMPLES, seed=0))
         mine = sequences[distributed.rank() :: distributed.world_size()]
         tracked = batched(track(mine, "calibrating", len(mine)), batch_size)
         loaded_profile = calibrate(base, tracked, data=calibration)
@@ -328,17 +326,16 @@ def _number(value: float | None) -> str:
 def run(
     model: Any,
     tokenizer: Any,
-    text: str,
+    text: TextSource | str,
     *,
     reference: Any = None,
     samples: int | None = None,
     length: int = 1024,
     batch_size: int = 4,
-    **reading: Any,
 ) -> Evaluation:
-    """Evaluate one model on a text source, with a progress bar. ``reading`` goes to `load_sequences`."""
-    options.check_length(length, model.config)
-    sequences = load_sequences(text, tokenizer, length, samples=samples, **reading)
+    """Evaluate one model on a text source, with a progress bar."""
+    check_length(length, model.config)
+    sequences = load_sequences(text, tokenizer, length, samples=samples)
     return evaluate(model, batched(track(sequences, "evaluating", samples), batch_size), reference)
 
 

@@ -1,6 +1,7 @@
 """`cats finetune`: LoRA through the thresholds, and a checkpoint of what comes out."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,6 +151,7 @@ def command(
     from cats_llm.loading import default_device, load_model, load_skeleton, load_tokenizer
     from cats_llm.model.architecture import check_predicts_tokens
     from cats_llm.model.tokens import check_tokens
+    from cats_llm.text import RowFormat, check_length
     from cats_llm.training import prepare, run, trainer, write
     from cats_llm.training.adapters import adaptable
     from cats_llm.training.settings import Settings
@@ -165,7 +167,7 @@ def command(
         samples,
         heldout_samples,
         calibration_samples,
-        {"text_column": text_column, "dataset_config": dataset_config, "split": split},
+        RowFormat(text_column, dataset_config, split),
     )
     if steps is None and epochs is None and not sources.instructions(data):
         steps = _LEAST_STEPS
@@ -196,7 +198,7 @@ def command(
     check_predicts_tokens(skeleton, "fine-tuning")
     run.check_base(skeleton.config, model)
     adaptable(skeleton, settings.targets)
-    options.check_length(seq_length, skeleton.config)
+    check_length(seq_length, skeleton.config)
     if given is not None:
         given.check_model(skeleton)
     work = out.with_name(f"{out.name}.training")
@@ -209,7 +211,7 @@ def command(
             "sparsity": sparsity,
             "profile": str(profile) if profile is not None else None,
             "settings": settings.to_dict(),
-            "sources": vars(sources),
+            "sources": asdict(sources),
             "processes": arguments.world_size,
         }
         resumed = prepare.begin(work, facts, resume, force)

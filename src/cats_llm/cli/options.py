@@ -1,10 +1,11 @@
 """Options that several commands share, and what they are turned into."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from cats_llm import loading
 from cats_llm.checkpoint.config import check_sparsity
 from cats_llm.errors import CatsError
 from cats_llm.loading import DTYPES
@@ -28,17 +29,10 @@ def _dtype(text: str) -> str:
 
 def parse_device(text: str) -> str:
     """The text as a device that is there; anything else is wrong usage."""
-    import torch
-
-    if text == "auto":
-        return text
     try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise typer.BadParameter(f"{text!r} is no device; use cpu, cuda, cuda:1 or auto.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"{text!r} was asked for, but PyTorch finds no CUDA GPU here.")
-    return text
+        return loading.parse_device(text)
+    except CatsError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.", show_default=False)]
@@ -96,17 +90,6 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing outputs.")]
-
-
-def check_length(length: int, config: Any) -> None:
-    """Refuse sequences longer than the model can read.
-
-    Raises:
-        CatsError: they are.
-    """
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        raise CatsError(f"--seq-length {length} is more than the {limit} tokens that the model can read.")
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

@@ -29,6 +29,7 @@ from cats_llm.outputs import check_output, command_line, write_file, write_json
 from cats_llm.recipes import BenchPlan, Comparison, EvaluationPlan, FinetuningPlan, Recipe, ThresholdPlan
 from cats_llm.report import page
 from cats_llm.report.extra import MissingExtraError, require_extra
+from cats_llm.text import RowFormat, TextSource
 
 if TYPE_CHECKING:
     from cats_llm.evaluation.task import Task
@@ -201,17 +202,15 @@ class _Run:
             profile = Profile.load(self.given)
             profile.check_model(model)
         else:
+            rows = RowFormat(calibration.text_column, calibration.dataset_config, calibration.split)
             profile = calibrate.run(
                 model,
                 tokenizer,
-                calibration.data,
+                TextSource(calibration.data, rows),
                 samples=calibration.samples,
                 length=calibration.seq_length,
                 batch_size=self.batch_size,
                 seed=calibration.seed,
-                text_column=calibration.text_column,
-                dataset_config=calibration.dataset_config,
-                split=calibration.split,
             )
         if self.out is not None:
             # now, and not after hours of evaluation

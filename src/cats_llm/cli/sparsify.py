@@ -16,6 +16,7 @@ from cats_llm.model.accounting import sparsity_of
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.outputs import check_output, write_json
+from cats_llm.text import RowFormat, TextSource
 
 
 def add_to(app: typer.Typer) -> None:
@@ -87,20 +88,11 @@ def command(
         made.check_model(skeleton)
         config = made.config(k).with_coverage(coverage)
     else:
-        reading = {
-            "samples": samples,
-            "length": seq_length,
-            "batch_size": batch_size,
-            "seed": seed,
-            "text_column": text_column,
-            "dataset_config": dataset_config,
-            "split": split,
-        }
         config, choice = asked.config(
             load_model(model, dtype, device, revision, trust_remote_code),
             load_tokenizer(model, revision, trust_remote_code),
-            str(data),
-            reading,
+            TextSource(str(data), RowFormat(text_column, dataset_config, split)),
+            {"samples": samples, "length": seq_length, "batch_size": batch_size, "seed": seed},
         )
     written = write_checkpoint(source, out, config, force)
     achieved = sparsity_of(skeleton, config.layer_sparsity)

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.tokens import check_tokens
-from cats_llm.text import TextSize, load_sequences
+from cats_llm.text import TextSize, TextSource, load_sequences
 
 
 @dataclass
@@ -32,7 +32,7 @@ class PerplexityTask(Task):
     a word or byte of the text that was read.
 
     Attributes:
-        source: see `cats_llm.text.read_documents`, which takes ``reading`` too.
+        source: the text; a path alone is read with the usual columns.
         name: in result files.
         length: tokens a window.
         stride: see above.
@@ -41,14 +41,13 @@ class PerplexityTask(Task):
         distance: measure KL and top-1 agreement to the dense model too, which doubles the work.
     """
 
-    source: str
+    source: TextSource | str
     name: str = "perplexity"
     length: int = 1024
     stride: int | None = None
     samples: int | None = None
     seed: int | None = None
     distance: bool = True
-    reading: dict[str, Any] = field(default_factory=dict)
     kind = "perplexity"
 
     def prepare(self, model: Any, tokenizer: Any) -> None:
@@ -68,7 +67,6 @@ class PerplexityTask(Task):
             seed=self.seed,
             stride=self.stride,
             size=self.size,
-            **self.reading,
         )
         self.windows = torch.stack(list(sequences))
         check_tokens(model, self.windows, tokenizer)
@@ -81,7 +79,7 @@ class PerplexityTask(Task):
         return {
             "name": self.name,
             "kind": self.kind,
-            "data": self.source,
+            "data": TextSource.of(self.source).path,
             "documents": len(self.windows),
             "seq_length": self.length,
             "stride": self.stride,

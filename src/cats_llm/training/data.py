@@ -11,7 +11,7 @@ from torch import Tensor
 from cats_llm.chat import Message, render
 from cats_llm.errors import CatsError
 from cats_llm.rows import Tally
-from cats_llm.text import Content, Pair, encode, load_sequences, log_notes, read_contents, text_ends
+from cats_llm.text import Content, Pair, TextSource, encode, load_sequences, log_notes, read_contents, text_ends
 
 Example = dict[str, Tensor]
 """input_ids and labels, int64 (T,); a label of `IGNORED` is not trained on."""
@@ -36,44 +36,39 @@ class Examples:
     instructions: bool = False
 
 
-def is_instructions(source: str, **reading: Any) -> bool:
-    """Whether the rows of the source are instructions: prompt and completion, or messages.
-
-    Args:
-        source, reading: see `cats_llm.text.read_contents`.
-    """
+def is_instructions(source: TextSource | str) -> bool:
+    """Whether the rows of the source are instructions: prompt and completion, or messages."""
     try:
-        _, content = next(read_contents(source, **reading), ("", ""))
+        _, content = next(read_contents(source), ("", ""))
     except CatsError:
         return False  # the reader of texts says what is wrong
     return not isinstance(content, str)
 
 
-def read_text(source: str, tokenizer: Any, length: int, samples: int | None = None, **reading: Any) -> Examples:
+def read_text(source: TextSource | str, tokenizer: Any, length: int, samples: int | None = None) -> Examples:
     """Text packed into sequences of ``length`` tokens, each predicting all of its tokens but the first.
 
     Args:
-        source: see `cats_llm.text.load_sequences`, which takes ``reading`` too.
         samples: at most so many sequences.
 
     Raises:
         CatsError: there is no such text, or less than one sequence of it.
     """
     tally = Tally()
-    sequences = load_sequences(source, tokenizer, length, samples=samples, tally=tally, **reading)
+    sequences = load_sequences(source, tokenizer, length, samples=samples, tally=tally)
     examples = [{"input_ids": ids, "labels": ids} for ids in sequences]
     log_notes(source, tally)
     return Examples(examples, empty=tally.empty)
 
 
-def read_instructions(source: str, tokenizer: Any, length: int, samples: int | None = None, **reading: Any) -> Examples:
+def read_instructions(source: TextSource | str, tokenizer: Any, length: int, samples: int | None = None) -> Examples:
     """Instructions, one a row; only answers are predicted.
 
     A row holds either ``prompt`` and ``completion``, two texts, or ``messages``, a conversation with ``role`` and
     ``content`` for the tokenizer's chat template, in which every message of the assistant is an answer.
 
     Args:
-        source: see `cats_llm.text.read_contents`, which takes ``reading`` too and says what becomes of bad rows.
+        source: see `cats_llm.text.read_contents`, which says what becomes of bad rows.
         length: instructions of more tokens are left out.
         samples: at most so many instructions are read.
 
@@ -83,7 +78,7 @@ def read_instructions(source: str, tokenizer: Any, length: int, samples: int | N
     examples: list[Example] = []
     too_long = 0
     tally = Tally()
-    for where, content in islice(read_contents(source, tally=tally, **reading), samples):
+    for where, content in islice(read_contents(source, tally), samples):
         example = _example_of(content, tokenizer, where)
         if len(example["input_ids"]) > length:
             too_long += 1
@@ -93,7 +88,7 @@ def read_instructions(source: str, tokenizer: Any, length: int, samples: int | N
         reason = (
             f"all {too_long} are longer than {length} tokens; pass a larger --seq-length" if too_long else "add some"
         )
-        raise CatsError(f"{source} holds no instruction to train on: {reason}.")
+        raise CatsError(f"{TextSource.of(source).path} holds no instruction to train on: {reason}.")
     log_notes(source, tally)
     return Examples(examples, too_long, tally.empty, True)
 

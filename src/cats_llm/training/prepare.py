@@ -14,7 +14,7 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.outputs import write_json
-from cats_llm.text import same_text
+from cats_llm.text import RowFormat, TextSource, same_text
 from cats_llm.training.data import Example, Examples, collator, is_instructions, read_instructions, read_text
 from cats_llm.training.run import Data
 from cats_llm.training.trainer import last_checkpoint
@@ -35,7 +35,7 @@ class Sources:
         length: tokens a sequence at most.
         samples: at most so many training examples are read.
         heldout_samples, calibration_samples: at most so many examples for each.
-        reading: text_column, dataset_config and split, of texts.
+        reading: where the text stands in the rows of all of them.
     """
 
     train: str
@@ -45,20 +45,19 @@ class Sources:
     samples: int | None
     heldout_samples: int
     calibration_samples: int
-    reading: dict[str, Any]
+    reading: RowFormat
 
     def instructions(self, source: str) -> bool:
         """Whether it is read as instructions."""
-        return is_instructions(source, **self.reading)
+        return is_instructions(TextSource(source, self.reading))
 
     def enough_for(self, examples: int) -> "Sources":
         """The same, reading no more than so many training examples and what is set aside."""
         return replace(self, samples=examples + self.heldout_samples + self.calibration_samples)
 
-    def _read(self, source: str, tokenizer: Any, samples: int | None) -> Examples:
-        if self.instructions(source):
-            return read_instructions(source, tokenizer, self.length, samples, **self.reading)
-        return read_text(source, tokenizer, self.length, samples, **self.reading)
+    def _read(self, path: str, tokenizer: Any, samples: int | None) -> Examples:
+        read = read_instructions if self.instructions(path) else read_text
+        return read(TextSource(path, self.reading), tokenizer, self.length, samples)
 
     def read(self, tokenizer: Any, seed: int, calibrates: bool) -> Data:
         """Read everything; what is set aside is drawn at random.
