@@ -22,9 +22,9 @@ import torch
 from cats_llm import bundled
 from cats_llm.benchmark import machine
 from cats_llm.calibration.calibrate import calibrate
-from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.distill import Distillation
-from cats_llm.calibration.fit import fit
+from cats_llm.calibration.search import find_config
+from cats_llm.calibration.target import SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.vectors import FILE, write_vectors
 from cats_llm.evaluation.cache import Cache
@@ -90,15 +90,12 @@ class Fits:
             config.load_vectors(folder / FILE)
             return config
         begun = time.perf_counter()
-        criterion = Criterion.parse(name)
+        target = SparsityTarget(sparsity=k, criterion=name, distill_steps=self.args.distill_steps)
         data = f"{self.args.samples} sequences, draw {draw}"
-        if criterion.plain:
-            if draw not in self.profiles:
-                self.profiles[draw] = calibrate(self.model, self.batches(draw), data=data)
-            config = self.profiles[draw].config(k)
-        else:
-            distillation = Distillation(self.args.distill_steps)
-            config = fit(self.model, self.batches(draw), k, criterion, data=data, distillation=distillation)
+        if target.profile_is_enough and draw not in self.profiles:
+            self.profiles[draw] = calibrate(self.model, self.batches(draw), data=data)
+        calibration = self.profiles[draw] if target.profile_is_enough else self.batches(draw)
+        config = find_config(self.model, calibration, target, data=data).config
         # results are for others: no path of this machine
         facts = {"model": Path(self.args.model).name, "seconds": round(time.perf_counter() - begun, 1)}
         config.calibration = config.calibration | facts

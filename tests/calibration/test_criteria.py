@@ -13,13 +13,14 @@ import cats_llm
 import families
 import vectors
 from cats_llm.calibration.allocation import least_cost
-from cats_llm.calibration.choose import choose_criterion, choose_sparsity, sparsity_for_bytes, split
 from cats_llm.calibration.criterion import CANDIDATES, PARTS, Criterion
 from cats_llm.calibration.distill import Distillation
 from cats_llm.calibration.fit import fit
 from cats_llm.calibration.predictions import log_perplexity, logits_of, mean_divergence
 from cats_llm.calibration.scores import SCORES
+from cats_llm.calibration.search import find_config, split
 from cats_llm.calibration.statistics import BINS, LayerStatistics
+from cats_llm.calibration.target import AUTO, SparsityTarget, sparsity_for_bytes
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.methods import make_variants, method
@@ -484,8 +485,8 @@ def test_wrong_settings_are_one_sentence(settings):
 
 def test_auto_takes_what_measures_best_on_text_held_back(llama):
     batches = [families.ids(2, 40, seed) for seed in range(9)]
-    settings = {"distillation": Distillation(steps=4)}
-    chosen = choose_criterion(llama.dense_copy(), batches, 0.6, **settings)
+    target = SparsityTarget(sparsity=0.6, criterion=AUTO, distill_steps=4)
+    chosen = find_config(llama.dense_copy(), batches, target)
     assert list(chosen.measured) == [str(c) for c in CANDIDATES]
     assert split(batches)[1] == batches[-1:]
     expected = families.logits(llama.dense, batches[-1])
@@ -500,6 +501,17 @@ def test_auto_takes_what_measures_best_on_text_held_back(llama):
     assert chosen.config.criterion.get("name", "cats") == best
 
 
+def test_a_profile_is_enough_for_the_papers_criterion(llama):
+    profile = cats_llm.calibrate(llama.dense_copy(), TEXT)
+    policy = Coverage(dense_prefill=True)
+    config = find_config(llama.dense, profile, SparsityTarget(sparsity=0.4, coverage=policy)).config
+    assert config == profile.config(0.4).with_coverage(policy)
+    by_text = find_config(llama.dense_copy(), TEXT, SparsityTarget(sparsity=0.4)).config
+    assert by_text.thresholds == config.thresholds
+    with pytest.raises(CatsError, match="a profile holds only what the criterion cats needs"):
+        find_config(llama.dense, profile, SparsityTarget(sparsity=0.4, criterion="norm"))
+
+
 def perplexity(model, ids):
     logits = families.logits(model, ids)[:, :-1].double()
     return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
@@ -509,7 +521,7 @@ def perplexity(model, ids):
 def test_the_largest_sparsity_within_a_perplexity_increase(llama, name):
     batches = [families.ids(2, 40, seed) for seed in range(4)]
     dense = perplexity(llama.dense, batches[-1])
-    chosen = choose_sparsity(llama.dense_copy(), batches, Criterion.parse(name), 0.05)
+    chosen = find_config(llama.dense_copy(), batches, SparsityTarget(max_perplexity_increase=0.05, criterion=name))
     k = chosen.config.sparsity
     model = cats_llm.sparsify(llama.dense_copy(), chosen.config)
     assert perplexity(model, batches[-1]) / dense - 1 <= 0.05 + 1e-6
@@ -520,9 +532,9 @@ def test_the_largest_sparsity_within_a_perplexity_increase(llama, name):
 def test_an_increase_that_cannot_be_kept_is_one_sentence(llama):
     batches = [families.ids(2, 40, seed) for seed in range(2)]
     with pytest.raises(CatsError, match="allows no sparsity with the criterion cats"):
-        choose_sparsity(llama.dense_copy(), batches, Criterion(), -0.9)
+        find_config(llama.dense_copy(), batches, SparsityTarget(max_perplexity_increase=-0.9))
     with pytest.raises(CatsError, match="at least two batches"):
-        choose_sparsity(llama.dense_copy(), batches[:1], Criterion(), 0.1)
+        find_config(llama.dense_copy(), batches[:1], SparsityTarget(max_perplexity_increase=0.1))
 
 
 def test_bytes_a_token(llama):

@@ -170,6 +170,19 @@ def check_sparsity(value: object) -> float:
     return float(value)
 
 
+def parse_sparsity(text: str) -> float:
+    """The gate sparsity that a text says.
+
+    Raises:
+        CatsError: it says none.
+    """
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise CatsError(f"{text!r} is not a number; 0.5 skips 50 % of the neurons.") from error
+    return check_sparsity(value)
+
+
 def _record(key: str, value: object) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise CatsError(f"{key} in the CATS config is {short(value)}; it must be a record (a JSON object).")

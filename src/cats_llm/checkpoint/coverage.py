@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cats_llm.errors import CatsError
+from cats_llm.options import Panel, option
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,17 @@ class Coverage:
             (the protocol of TEAL); tokens that come one at a time are sparse. None: all.
     """
 
-    dense_prefill: bool = False
-    dense_first_tokens: int = 0
-    last_fraction: float | None = None
+    dense_prefill: bool = option(False, help="Prompts run dense; only decoding is sparse.", panel=Panel.SPARSITY)
+    dense_first_tokens: int = option(
+        0, minimum=0, help="The first N tokens of every sequence run dense (attention sinks).", panel=Panel.SPARSITY
+    )
+    last_fraction: float | None = option(
+        None,
+        minimum=0.0,
+        maximum=1.0,
+        help="Only this last share of a prompt is sparse, as TEAL measures.",
+        panel=Panel.SPARSITY,
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.dense_prefill, bool):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cats_llm import loading
-from cats_llm.checkpoint.config import check_sparsity
+from cats_llm.checkpoint import config as checkpoint_config
 from cats_llm.errors import CatsError
 from cats_llm.loading import DTYPES
 
@@ -14,11 +14,9 @@ from cats_llm.loading import DTYPES
 def parse_sparsity(text: str) -> float:
     """The text as a gate sparsity; anything else is wrong usage."""
     try:
-        return check_sparsity(float(text))
+        return checkpoint_config.parse_sparsity(text)
     except CatsError as error:
         raise typer.BadParameter(str(error)) from error
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not a number; 0.5 skips 50 % of the neurons.") from error
 
 
 def _dtype(text: str) -> str:

@@ -59,7 +59,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     def expanded(**values: Any) -> None:
         arguments: dict[str, Any] = {}
         for name, (config, fields) in configs.items():
-            arguments[name] = build(config, {n: _of_typer(values.pop(n), field) for n, field in fields.items()})
+            try:
+                arguments[name] = build(config, {n: _of_typer(values.pop(n), field) for n, field in fields.items()})
+            except CatsError as error:
+                raise typer.BadParameter(str(error)) from error
         command(**arguments, **values)
 
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -1,16 +1,18 @@
 """`cats sparsify`: a CATS checkpoint from a dense one."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cats_llm.calibration.profile import Profile
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.calibration.search import Choice, find_config
+from cats_llm.calibration.target import SparsityTarget
 from cats_llm.checkpoint.tensors import check_tensors
 from cats_llm.checkpoint.write import check_source, write_checkpoint
-from cats_llm.cli import calibrate, criterion, options
-from cats_llm.cli.output import percent, quiet_libraries, show, show_left_out
+from cats_llm.cli import calibrate, options
+from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, show_left_out, table
+from cats_llm.cli.signature import with_options
 from cats_llm.loading import checkpoint_folder, load_model, load_skeleton, load_tokenizer
 from cats_llm.model.accounting import sparsity_of
 from cats_llm.model.architecture import check_reads_text
@@ -21,17 +23,13 @@ from cats_llm.text import RowFormat, TextSource
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command(name="sparsify")(command)
+    app.command(name="sparsify")(with_options(command))
 
 
 def command(
     model: options.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
-    sparsity: options.Sparsity = None,
-    criterion_name: criterion.Option = "cats",
-    bytes_per_token: criterion.BytesPerToken = None,
-    max_perplexity_increase: criterion.MaxPerplexityIncrease = None,
-    distill_steps: criterion.DistillSteps = criterion.DISTILL_STEPS,
+    target: SparsityTarget,
     profile: Annotated[
         Path | None, typer.Option(help="From cats calibrate; then no text is needed.", show_default=False)
     ] = None,
@@ -43,9 +41,6 @@ def command(
     dataset_config: options.DatasetConfig = None,
     split: options.Split = "train",
     seed: options.Seed = None,
-    dense_prefill: options.DensePrefill = False,
-    dense_first_tokens: options.DenseFirstTokens = 0,
-    last_fraction: options.LastFraction = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     device: options.Device = None,
@@ -61,12 +56,8 @@ def command(
 
     Example: **cats sparsify mistralai/Mistral-7B-v0.1 mistral-cats50 --sparsity 0.5 --profile mistral.safetensors**
     """
-    coverage = Coverage(dense_prefill, dense_first_tokens, last_fraction)
-    asked = criterion.Asked(criterion_name, sparsity, bytes_per_token, max_perplexity_increase, distill_steps, coverage)
     if (profile is None) == (data is None):
         raise typer.BadParameter("pass either --profile, or --data to calibrate on.")
-    if profile is not None and not asked.profile_is_enough:
-        raise typer.BadParameter("a profile holds only what the criterion cats needs; pass --data instead of it.")
     for path in (out, json):
         if path is not None:
             check_output(path, force)
@@ -81,26 +72,29 @@ def command(
     if unused:
         names = f"{unused[0]}{', ...' * (len(unused) > 1)}"
         show(f"copied, but no part of the model that config.json describes: {len(unused)} weights ({names})")
-    choice = None
-    k = asked.gate_sparsity(skeleton)
-    if asked.profile_is_enough and profile is not None and k is not None:
-        made = Profile.load(profile)
-        made.check_model(skeleton)
-        config = made.config(k).with_coverage(coverage)
+    # a wrong number of bytes too
+    target.gate_sparsity(skeleton)
+    if profile is not None:
+        choice = find_config(skeleton, Profile.load(profile), target)
     else:
-        config, choice = asked.config(
-            load_model(model, dtype, device, revision, trust_remote_code),
-            load_tokenizer(model, revision, trust_remote_code),
-            TextSource(str(data), RowFormat(text_column, dataset_config, split)),
-            {"samples": samples, "length": seq_length, "batch_size": batch_size, "seed": seed},
-        )
+        dense = load_model(model, dtype, device, revision, trust_remote_code)
+        tokenizer = load_tokenizer(model, revision, trust_remote_code)
+        text = TextSource(str(data), RowFormat(text_column, dataset_config, split))
+        drawing: dict[str, Any] = {"samples": samples, "length": seq_length, "batch_size": batch_size, "seed": seed}
+        if target.profile_is_enough:
+            choice = find_config(dense, calibrate.run(dense, tokenizer, text, **drawing), target)
+        else:
+            batches = calibrate.load_batches(dense, tokenizer, text, **drawing)
+            with progress_console.status("calibrating") as status:
+                choice = find_config(dense, batches, target, data=data, notify=status.update)
+    config = choice.config
     written = write_checkpoint(source, out, config, force)
     achieved = sparsity_of(skeleton, config.layer_sparsity)
-    if choice is not None:
-        criterion.show_choice(choice, by_divergence=max_perplexity_increase is None)
+    if choice.measured:
+        _show_measured(choice, by_divergence=target.max_perplexity_increase is None)
     if json is not None:
         facts = {"out": str(out), "config": config.to_dict(), "sparsity": vars(achieved), "left_out": written.left_out}
-        write_json(json, facts | ({"measured": choice.measured} if choice is not None else {}), force)
+        write_json(json, facts | ({"measured": choice.measured} if choice.measured else {}), force)
     show_left_out(written.left_out)
     shares = config.layer_sparsity.values()
     layers = (
@@ -110,3 +104,10 @@ def command(
         f"{out}: {percent(achieved.gate)} gate sparsity on the calibration tokens ({percent(achieved.ffn)} of MLP and "
         f"{percent(achieved.model)} of all linear weights{layers})"
     )
+
+
+def _show_measured(choice: Choice, by_divergence: bool) -> None:
+    rows = table("tried", "KL to dense, text held back" if by_divergence else "perplexity, text held back")
+    for name, value in choice.measured.items():
+        rows.add_row(name, f"{value:.4f}" if by_divergence else f"{'+' if value >= 0 else ''}{percent(value)}")
+    show(rows)
