@@ -81,12 +81,12 @@ def shapes_once() -> tuple[list[Shape], dict[str, str]]:
 
 def tune(run: Run) -> None:
     """Find the best cuts for all MLPs that are measured. They are kept in the file of tuned cuts."""
-    from cats_llm.kernels.gpu import tuning
+    from cats_llm.kernels.gpu import autotune
 
     found = []
     for shape, dtype, tokens in mlp_cases(run):
         for k in KS:
-            _, best, default = tuning.tune(shape.hidden_size, shape.intermediate_size, dtype, tokens, k)
+            _, best, default = autotune.tune(shape.hidden_size, shape.intermediate_size, dtype, tokens, k)
             found.append(
                 {"shape": shape.name, "dtype": str(dtype), "tokens": tokens, "k": k, "us": best, "was": default}
             )

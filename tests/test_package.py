@@ -13,15 +13,16 @@ import cats_llm
 SOURCE = Path(cats_llm.__file__).parent
 
 # what each part of the package may import of it, beside itself and what all may use
-ALL_MAY_USE = {"errors", "options", "outputs", "distributed", "checkpoint", "versions"}
-GROUND_FLOOR = {"kernels", "errors", "options", "outputs", "distributed"}
+ALL_MAY_USE = {"dtypes", "errors", "options", "outputs", "distributed", "checkpoint", "versions"}
+GROUND_FLOOR = {"kernels", "dtypes", "errors", "options", "outputs", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
     "outputs": {"errors"},
     "distributed": set(),
     "versions": set(),
-    "kernels": set(),
+    "dtypes": set(),
+    "kernels": {"dtypes"},
     "checkpoint": set(),
     "model": {"kernels"},
     "integrations": {"kernels", "model"},

@@ -24,8 +24,8 @@ from cats_llm.calibration.target import AUTO, SparsityTarget, sparsity_for_bytes
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.methods import make_variants, method
-from cats_llm.model.accounting import bytes_per_token
 from cats_llm.model.structure import find_gated_mlps
+from cats_llm.model.weight_traffic import bytes_per_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

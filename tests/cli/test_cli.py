@@ -491,12 +491,12 @@ def test_demo(cats, tmp_path, read_json, capsys):
 
 
 class TestTune:
-    """The command around `tuning.tune`, with an invented GPU."""
+    """The command around `autotune.tune`, with an invented GPU."""
 
     @pytest.fixture
     def calls(self, monkeypatch, tmp_path):
         from cats_llm.kernels import gpu
-        from cats_llm.kernels.gpu import tuning
+        from cats_llm.kernels.gpu import autotune, tuning
 
         made = []
 
@@ -504,8 +504,8 @@ class TestTune:
             made.append((d, f, dtype, tokens, sparsity))
             return None, 40.0, 50.0
 
-        monkeypatch.setattr(gpu, "available", lambda: True)
-        monkeypatch.setattr(tuning, "tune", tune)
+        monkeypatch.setattr(gpu.BACKEND, "available", lambda: True)
+        monkeypatch.setattr(autotune, "tune", tune)
         monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "tuned.json"))
         return made
 

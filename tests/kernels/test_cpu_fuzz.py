@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cats_llm.kernels import cpu
 from cats_llm.kernels.definition import ACTIVATIONS
+from cats_llm.kernels.operators import gated_mlp
 from kernel_cases import DTYPES, ISAS, make
 from marks import needs_kernels
 
@@ -59,7 +60,7 @@ special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40, 65504.0, 3e38, float("in
 def test_special_values_give_what_ieee_arithmetic_gives(values, threshold, dtype, activation, isa):
     x, gate, up, down = (torch.tensor([[v]]).to(dtype) for v in values)
     with cpu.use_isa(isa):
-        y = cpu.gated_mlp(x, gate, up, down.t(), torch.tensor(threshold), activation)
+        y = gated_mlp(x, gate, up, down.t(), torch.tensor(threshold), activation)
     g = (x.float() * gate.float()).to(dtype).float()
     a = ACTIVATIONS[activation](g.double()).float()
     if (not a.isnan() and a.abs() < threshold) or a == 0:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cats_llm.kernels import cpu, definition
+from cats_llm.kernels import cpu, definition, operators
 from cats_llm.kernels.definition import ACTIVATIONS
 from kernel_cases import DTYPES, ISAS, Case, make
 from marks import needs_kernels
@@ -85,7 +85,7 @@ def diagonal(gate: torch.Tensor, activation: str, threshold: float) -> torch.Ten
     """CATS_t(act(gate)) as the kernel computes it: every weight matrix is diagonal, so y is what the gate became."""
     eye = torch.eye(len(gate), dtype=gate.dtype)
     w_gate = torch.where(eye == 1, gate, 0.0)
-    return cpu.gated_mlp(
+    return operators.gated_mlp(
         torch.ones(len(gate), dtype=gate.dtype), w_gate, eye, eye.t(), torch.tensor(threshold), activation
     )
 
@@ -128,7 +128,7 @@ def test_the_gate_is_rounded_to_the_dtype_of_the_weights():
     x = torch.tensor([[1, 2**-8, 2**-16], [1, 2**-8, 0]], dtype=torch.bfloat16)
     w = torch.ones(1, 3, dtype=torch.bfloat16)
     t = torch.tensor(1 + 2**-8)
-    y = cpu.gated_mlp(x, w, w, w.t(), t, "relu")
+    y = operators.gated_mlp(x, w, w, w.t(), t, "relu")
     assert (y[0] != 0).all()
     assert (y[1] == 0).all()
 
@@ -141,7 +141,7 @@ def test_infinite_gates_behave_as_in_the_definition(dtype, activation):
         for g in gate:
             one = torch.ones(1, 1, dtype=dtype)
             args = (one[0], g.view(1, 1), one, one, torch.tensor(t), activation)
-            torch.testing.assert_close(cpu.gated_mlp(*args), definition.gated_mlp(*args), equal_nan=True)
+            torch.testing.assert_close(operators.gated_mlp(*args), definition.gated_mlp(*args), equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -164,7 +164,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype):
     t = torch.tensor(0.0)
     exact = definition.gated_mlp(x.double(), gate.double(), up.double(), down.double().t(), t)
     ours, plain = (
-        (run(x, gate, up, down.t(), t).double() - exact).norm() for run in (cpu.gated_mlp, definition.gated_mlp)
+        (run(x, gate, up, down.t(), t).double() - exact).norm() for run in (operators.gated_mlp, definition.gated_mlp)
     )
     assert ours <= 2 * plain
 
@@ -175,7 +175,7 @@ def test_linear(dtype):
         x, w = torch.randn(n, d).to(dtype), torch.randn(out, d + 1).to(dtype)[:, 1:]
         b = torch.randn(out).to(dtype) if bias else None
         exact = F.linear(x.double(), w.double(), b.double() if bias else None)
-        y = cpu.linear(x, w, b)
+        y = operators.linear(x, w, b)
         assert y.shape == (n, out)
         scale = x.double().abs() @ w.double().abs().t() + 1
         assert ((y.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * scale).all()
@@ -184,10 +184,10 @@ def test_linear(dtype):
 def test_read_touches_every_byte():
     for size in (0, 1, 511, 512, 300_001):
         data = torch.zeros(size, dtype=torch.uint8)
-        assert cpu.read(data) == 0
+        assert operators.read_checksum(data) == 0
         for i in {0, size // 2, size - 1} if size else ():
             data[i] = 1
-            assert cpu.read(data) != 0, i
+            assert operators.read_checksum(data) != 0, i
             data[i] = 0
 
 
@@ -198,12 +198,12 @@ def test_every_output_is_written_and_bits_do_not_depend_on_threads(threads, monk
         for n, dtype in itertools.product([1, 3, 16], DTYPES):
             case = random_case(n, 200, 1500, dtype)
             torch.set_num_threads(1)
-            alone, alone_linear = case.run(), cpu.linear(case.x, case.w_gate)
+            alone, alone_linear = case.run(), operators.linear(case.x, case.w_gate)
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
             for _ in range(3):
                 assert torch.equal(case.run(), alone)
-                assert torch.equal(cpu.linear(case.x, case.w_gate), alone_linear)
+                assert torch.equal(operators.linear(case.x, case.w_gate), alone_linear)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -1,10 +1,12 @@
-"""The operators as parts of PyTorch: shapes, dispatch, compilation, errors, and the registry."""
+"""The operators as parts of PyTorch: shapes, dispatch, compilation, errors, and which calls are served."""
 
 import pytest
 import torch
 
-from cats_llm.kernels import cpu, registry
-from cats_llm.kernels.registry import Request
+from cats_llm.kernels import cpu
+from cats_llm.kernels.backend import MAX_DECODE_TOKENS, Request
+from cats_llm.kernels.backends import backend_of
+from cats_llm.kernels.operators import gated_mlp, linear
 from kernel_cases import make
 from marks import needs_kernels
 
@@ -26,9 +28,9 @@ def test_leading_dimensions_and_non_contiguous_x():
 
 def test_linear_shapes():
     w = torch.randn(5, 7)
-    assert cpu.linear(torch.randn(2, 3, 7), w).shape == (2, 3, 5)
-    assert cpu.linear(torch.randn(7), w).shape == (5,)
-    assert cpu.linear(torch.randn(0, 7), w).shape == (0, 5)
+    assert linear(torch.randn(2, 3, 7), w).shape == (2, 3, 5)
+    assert linear(torch.randn(7), w).shape == (5,)
+    assert linear(torch.randn(0, 7), w).shape == (0, 5)
 
 
 def operands(**changes):
@@ -55,7 +57,7 @@ def operands(**changes):
 )
 def test_what_it_cannot_do_it_says(changes, message, capfd):
     with pytest.raises(RuntimeError, match=message):
-        cpu.gated_mlp(*operands(**changes))
+        gated_mlp(*operands(**changes))
 
 
 def test_a_strided_bias_and_an_expanded_threshold():
@@ -79,8 +81,8 @@ def test_compiles_as_one_operator(backend):
     case = make(2, 64, 50, torch.bfloat16)
 
     def layer(x, w_gate, w_up, w_down, threshold):
-        h = cpu.gated_mlp(x * 2, w_gate, w_up, w_down, threshold, "gelu")
-        return cpu.linear(h, w_gate) + 1
+        h = gated_mlp(x * 2, w_gate, w_up, w_down, threshold, "gelu")
+        return linear(h, w_gate) + 1
 
     args = case.x, case.w_gate, case.w_up, case.w_down, case.threshold
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
@@ -94,17 +96,19 @@ def request(tokens=1, dtype=torch.bfloat16, activation="silu", device="cpu", row
 
 
 @torch.no_grad()
-def test_the_registry_chooses_it_where_it_serves():
-    assert registry.best(request()).name == "cpu"
-    assert registry.best(request(tokens=registry.MAX_DECODE_TOKENS)).name == "cpu"
-    assert registry.best(request(dtype=torch.float32)).run is cpu.gated_mlp
+def test_the_backend_of_a_cpu_says_what_it_serves():
+    backend = backend_of(torch.device("cpu"))
+    assert backend is cpu.BACKEND
+    assert backend.name == "cpu"
+    for served in (request(), request(tokens=MAX_DECODE_TOKENS), request(dtype=torch.float32)):
+        assert backend.supports(served)
     for other in (
-        request(tokens=registry.MAX_DECODE_TOKENS + 1),
+        request(tokens=MAX_DECODE_TOKENS + 1),
         request(dtype=torch.float64),
         request(activation="tanh"),
         request(device="meta"),
         request(row_major=True),
     ):
-        assert not cpu.supports(other)
+        assert not backend.supports(other)
     with torch.enable_grad():
-        assert not cpu.supports(request())
+        assert not backend.supports(request())

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from cats_llm.kernels import registry
+from cats_llm.kernels import backends
+from cats_llm.kernels.backend import Backend, Request
+from cats_llm.kernels.backends import NO_KERNELS, backend_of
 from cats_llm.kernels.definition import ACTIVATIONS, cats_activation, gate_activation, gated_mlp, keep_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -119,14 +121,25 @@ def test_keep_mask_and_gate_activation_compare_in_float32():
     assert keep_mask(gate, torch.tensor(0.1)).item()
 
 
-def test_registry_prefers_priority_and_falls_back_to_plain(monkeypatch):
-    monkeypatch.setattr(registry, "_kernels", list(registry._kernels))
+def test_a_device_has_its_own_backend_or_one_that_supports_nothing(monkeypatch):
+    class Fast(Backend):
+        name, built = "fast", True
+
+        def supports(self, request):
+            return request.tokens == 1
+
     w = torch.randn(4, 3)
-    request = registry.Request(1, w, w, w.t(), "silu")
-    fast = registry.Kernel("fast", gated_mlp, lambda r: r.tokens == 1, priority=99)
-    registry.register(fast)
-    registry.register(fast)
-    assert registry.names().count("fast") == 1
-    assert registry.best(request).name == "fast"
-    assert registry.best(request._replace(tokens=2)).name != "fast"
-    assert registry.names()[-1] == "plain"
+    request = Request(1, w, w, w.t(), "silu")
+    device = torch.device("xpu", 1)
+    assert backend_of(device) is NO_KERNELS
+    assert not NO_KERNELS.supports(request)
+    assert not NO_KERNELS.supports_linear(w[:1], w)
+    assert not NO_KERNELS.supports_act_and_mul(w, w)
+    assert NO_KERNELS.neuron_major(w) is w
+    monkeypatch.setitem(backends._BACKENDS, "xpu", Fast())
+    assert backends.names().count("fast") == 1
+    assert backend_of(device).supports(request)
+    assert not backend_of(device).supports(request._replace(tokens=2))
+    assert torch.equal(backend_of(device).neuron_major(w), w)
+    assert backend_of(device).neuron_major(w).t().is_contiguous()
+    assert backends.names()[-1] == "plain"

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from cats_llm.kernels.definition import ACTIVATIONS, cats_activation
-from cats_llm.kernels.gpu import calls
-from cats_llm.kernels.gpu.config import FewTokens, OneToken, Tile
+from cats_llm.kernels.gpu import dispatch
+from cats_llm.kernels.gpu.config import GemvConfig, SmallBatchConfig, Tile
 from kernel_cases import DTYPES, Case, affine, grid, make, matrix
 
 # NumPy, under Triton's interpreter, warns of what a GPU computes silently
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-DEVICE = "cpu" if calls.INTERPRETED else "cuda"
-SMALL_ONE = OneToken(Tile(16, 32, 4, 1), Tile(2, 0, 4, 1, programs=2))
-SMALL_FEW = FewTokens(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2, programs=2), Tile(16, 32, 4, 2, programs=2))
+DEVICE = "cpu" if dispatch.INTERPRETED else "cuda"
+SMALL_ONE = GemvConfig(Tile(16, 32, 4, 1), Tile(2, 0, 4, 1, programs=2))
+SMALL_FEW = SmallBatchConfig(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2, programs=2), Tile(16, 32, 4, 2, programs=2))
 
 
 def on_device(tensor):
@@ -28,18 +28,18 @@ def on_device(tensor):
 
 def unit(dtype: torch.dtype) -> float:
     """The relative error of rounding to a type; Triton's interpreter truncates to bfloat16."""
-    return torch.finfo(dtype).eps / (1 if calls.INTERPRETED and dtype == torch.bfloat16 else 2)
+    return torch.finfo(dtype).eps / (1 if dispatch.INTERPRETED and dtype == torch.bfloat16 else 2)
 
 
-def run(case: Case, cut=None):
-    if cut is None:
-        cut = SMALL_ONE if case.x[..., 0].numel() == 1 else SMALL_FEW
+def run(case: Case, config=None):
+    if config is None:
+        config = SMALL_ONE if case.x[..., 0].numel() == 1 else SMALL_FEW
     arguments = {name: on_device(value) for name, value in case.arguments().items()}
-    return calls.gated_mlp(**arguments, cut=cut).cpu()
+    return dispatch.gated_mlp(**arguments, config=config).cpu()
 
 
-def check(case: Case, cut=None) -> torch.Tensor:
-    y, (expected, scale) = run(case, cut), case.expected()
+def check(case: Case, config=None) -> torch.Tensor:
+    y, (expected, scale) = run(case, config), case.expected()
     assert y.shape == case.x.shape
     assert y.dtype == case.x.dtype
     # gates, activations and products are rounded to the model's dtype, as PyTorch does
@@ -91,7 +91,7 @@ def test_a_threshold_for_every_neuron(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("kept", ["first block", "last block", "one", "every 17th", "all but one", "second half"])
-def test_survivors_in_any_pattern(kept, tokens):
+def test_active_neurons_in_any_pattern(kept, tokens):
     c = case(tokens, 32, 150, torch.float32, quantile=0.0)
     j = torch.arange(150)
     alive = {
@@ -160,15 +160,15 @@ def test_no_tokens_and_many():
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "config",
     [
-        OneToken(Tile(16, 128, 4, 2), Tile(1, 0, 2, 1, programs=1)),
-        OneToken(Tile(32, 16, 4, 1), Tile(4, 0, 4, 3, programs=300)),
-        FewTokens(Tile(32, 16, 2, 1), Tile(32, 64, 4, 3, programs=300), Tile(64, 16, 4, 2, programs=300)),
+        GemvConfig(Tile(16, 128, 4, 2), Tile(1, 0, 2, 1, programs=1)),
+        GemvConfig(Tile(32, 16, 4, 1), Tile(4, 0, 4, 3, programs=300)),
+        SmallBatchConfig(Tile(32, 16, 2, 1), Tile(32, 64, 4, 3, programs=300), Tile(64, 16, 4, 2, programs=300)),
     ],
 )
-def test_every_cut_gives_the_same(cut):
-    check(case(1, 100, 70, torch.float32, bias=True), cut)
+def test_every_config_gives_the_same(config):
+    check(case(1, 100, 70, torch.float32, bias=True), config)
 
 
 def test_the_same_bits_again():
@@ -192,7 +192,7 @@ def test_wrong_arguments_say_what_is_wrong():
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
-            calls.gated_mlp(**(good | change))
+            dispatch.gated_mlp(**(good | change))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,20 +201,20 @@ def test_wrong_arguments_say_what_is_wrong():
 def test_linear(tokens, dtype, bias):
     x, w = grid(tokens, 50, dtype=dtype, denominator=2), matrix(37, 50, dtype, padding=2, offset=1)
     b = grid(37, dtype=dtype) if bias else None
-    y = calls.linear(on_device(x), on_device(w), on_device(b)).cpu()
+    y = dispatch.linear(on_device(x), on_device(w), on_device(b)).cpu()
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), affine(x, w, b), rtol=unit(dtype), atol=1e-6)
 
 
 def test_linear_keeps_leading_dimensions_and_refuses_what_does_not_fit():
     w = torch.randn(5, 7, device=DEVICE)
-    assert calls.linear(torch.randn(2, 3, 7, device=DEVICE), w).shape == (2, 3, 5)
-    assert calls.linear(torch.randn(7, device=DEVICE), w).shape == (5,)
-    assert calls.linear(torch.randn(0, 7, device=DEVICE), w).shape == (0, 5)
+    assert dispatch.linear(torch.randn(2, 3, 7, device=DEVICE), w).shape == (2, 3, 5)
+    assert dispatch.linear(torch.randn(7, device=DEVICE), w).shape == (5,)
+    assert dispatch.linear(torch.randn(0, 7, device=DEVICE), w).shape == (0, 5)
     with pytest.raises(ValueError, match="wrong shape"):
-        calls.linear(torch.randn(1, 8, device=DEVICE), w)
+        dispatch.linear(torch.randn(1, 8, device=DEVICE), w)
     with pytest.raises(ValueError, match="bias must be"):
-        calls.linear(torch.randn(1, 7, device=DEVICE), w, torch.zeros(4, device=DEVICE))
+        dispatch.linear(torch.randn(1, 7, device=DEVICE), w, torch.zeros(4, device=DEVICE))
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
@@ -224,7 +224,7 @@ def test_product_is_the_definition(dtype, activation, per_neuron):
     both = torch.randn(2, 9, 2 * 70).to(dtype)
     gate, up = both.chunk(2, dim=-1)  # strided, as a fused projection gives it
     threshold = torch.rand(70) if per_neuron else torch.tensor(0.3)
-    h = calls.product(gate.to(DEVICE), up.to(DEVICE), threshold.to(DEVICE), activation).cpu()
+    h = dispatch.act_and_mul(gate.to(DEVICE), up.to(DEVICE), threshold.to(DEVICE), activation).cpu()
     expected = cats_activation(gate, threshold, ACTIVATIONS[activation]) * up
     assert h.dtype == dtype
     torch.testing.assert_close(h, expected, rtol=4 * unit(dtype) + 1e-6, atol=2e-7)
@@ -232,7 +232,8 @@ def test_product_is_the_definition(dtype, activation, per_neuron):
 
 def test_product_of_nothing_and_with_nan():
     t = torch.tensor(0.3, device=DEVICE)
-    assert calls.product(torch.empty(0, 8, device=DEVICE), torch.empty(0, 8, device=DEVICE), t, "silu").shape == (0, 8)
+    nothing = torch.empty(0, 8, device=DEVICE)
+    assert dispatch.act_and_mul(nothing, nothing, t, "silu").shape == (0, 8)
     gate = torch.tensor([[float("nan"), 0.0, -1.0]], device=DEVICE)
-    h = calls.product(gate, torch.ones(1, 3, device=DEVICE), t, "relu")
+    h = dispatch.act_and_mul(gate, torch.ones(1, 3, device=DEVICE), t, "relu")
     assert h.isnan().tolist() == [[True, False, False]]

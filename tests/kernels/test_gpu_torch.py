@@ -1,4 +1,4 @@
-"""The GPU kernels as parts of PyTorch: which calls they serve, tuning, compilation, CUDA graphs, whole models."""
+"""The GPU kernels as parts of PyTorch: which dispatch they serve, tuning, compilation, CUDA graphs, whole models."""
 
 import functools
 
@@ -10,9 +10,10 @@ from torch import nn
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.vectors import LayerVectors
-from cats_llm.kernels import cpu, definition, gpu, registry
-from cats_llm.kernels.gpu import calls, tuning
-from cats_llm.kernels.gpu.config import FewTokens, OneToken, Tile, candidates, default, smaller
+from cats_llm.kernels import backends, cpu, definition, gpu, operators
+from cats_llm.kernels.backend import Request
+from cats_llm.kernels.gpu import autotune, dispatch, tuning
+from cats_llm.kernels.gpu.config import GemvConfig, SmallBatchConfig, Tile, candidates, default, smaller
 from cats_llm.model.decode_linear import decode_linear
 from cats_llm.model.surgery import densify, set_thresholds, sparse_mlps, sparsify
 
@@ -30,10 +31,10 @@ def weights(d=512, f=1408, dtype=torch.bfloat16, device="cuda", seed=0):
 
 def test_nothing_on_a_cpu_goes_to_the_gpu():
     gate, up, down = weights(device="cpu")
-    request = registry.Request(1, gate, up, down, "silu")
-    assert not gpu.supports(request)
-    assert not gpu.supports_linear(torch.randn(1, 512, dtype=torch.bfloat16), gate)
-    assert not gpu.supports_product(gate, gate)
+    request = Request(1, gate, up, down, "silu")
+    assert not gpu.BACKEND.supports(request)
+    assert not gpu.BACKEND.supports_linear(torch.randn(1, 512, dtype=torch.bfloat16), gate)
+    assert not gpu.BACKEND.supports_act_and_mul(gate, gate)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_nothing_on_a_cpu_goes_to_the_gpu():
     ids=lambda v: str(v),
 )
 def test_several_tokens_are_served_while_enough_neurons_are_needed_by_none(sparsity, tokens):
-    assert gpu._most_tokens(sparsity) == tokens
+    assert gpu.max_tokens(sparsity) == tokens
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -50,27 +51,27 @@ def test_several_tokens_are_served_while_enough_neurons_are_needed_by_none(spars
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 @pytest.mark.parametrize("shared_memory", [99 << 10, 227 << 10])
 def test_defaults_fit_registers_and_shared_memory(tokens, d, itemsize, shared_memory):
-    cut = default(tokens, d, itemsize, 0.5, shared_memory)
-    if isinstance(cut, OneToken):
+    config = default(tokens, d, itemsize, 0.5, shared_memory)
+    if isinstance(config, GemvConfig):
         row = 1 << (d - 1).bit_length()
-        tile = cut.up_down
+        tile = config.up_down
         assert tile.rows * row <= 64 * 32 * max(tile.warps, 8)  # at most 64 float32 registers a thread for the sums
         assert 2 * tile.rows * row * itemsize * (tile.stages - 1) < shared_memory
-    while cut is not None:  # what to try when a GPU refuses it ends
-        last, cut = cut, smaller(cut)
+    while config is not None:  # what to try when a GPU refuses it ends
+        last, config = config, smaller(config)
     assert all(tile.stages == 1 for tile in vars(last).values())
 
 
 def test_candidates_start_with_the_default_and_differ():
     for tokens in (1, 4):
-        cuts = list(candidates(tokens, 4096, 2, 0.5, 227 << 10))
-        assert cuts[0] == default(tokens, 4096, 2, 0.5, 227 << 10)
-        assert len(set(cuts)) > 20
+        configs = list(candidates(tokens, 4096, 2, 0.5, 227 << 10))
+        assert configs[0] == default(tokens, 4096, 2, 0.5, 227 << 10)
+        assert len(set(configs)) > 20
 
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """An empty file of tuned cuts, for a GPU of an invented name."""
+    """An empty file of tuned configs, for a GPU of an invented name."""
     monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "tuning.json"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
     monkeypatch.setattr(tuning, "_entries", None)
@@ -81,19 +82,19 @@ CALL = (torch.device("cuda", 0), 1, 64, 96, torch.bfloat16, 0.5)
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "config",
     [
-        OneToken(Tile(16, 64, 4, 1), Tile(2, 0, 4, 1, 2)),
-        FewTokens(Tile(16, 64, 4, 1), Tile(32, 64, 4, 3, 2), Tile(16, 64, 4, 2, 4)),
+        GemvConfig(Tile(16, 64, 4, 1), Tile(2, 0, 4, 1, 2)),
+        SmallBatchConfig(Tile(16, 64, 4, 1), Tile(32, 64, 4, 3, 2), Tile(16, 64, 4, 2, 4)),
     ],
 )
-def test_a_tuned_cut_is_found_by_gpu_shape_dtype_tokens_and_sparsity(tuned, monkeypatch, cut):
+def test_a_tuned_config_is_found_by_gpu_shape_dtype_tokens_and_sparsity(tuned, monkeypatch, config):
     assert tuning.lookup(*CALL) is None
-    tuning.remember(*CALL, cut, 12.5)
+    tuning.remember(*CALL, config, 12.5)
     monkeypatch.setattr(tuning, "_entries", None)  # as a new process
-    assert tuning.lookup(*CALL) == cut
+    assert tuning.lookup(*CALL) == config
     device, tokens, d, f, dtype, sparsity = CALL
-    assert tuning.lookup(device, tokens, d, f, dtype, 0.55) == cut
+    assert tuning.lookup(device, tokens, d, f, dtype, 0.55) == config
     for other in (
         (device, 2, d, f, dtype, sparsity),
         (device, tokens, d + 1, f, dtype, sparsity),
@@ -107,52 +108,54 @@ def test_a_tuned_cut_is_found_by_gpu_shape_dtype_tokens_and_sparsity(tuned, monk
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"GPU X": {"gate": {"rows": 1}}}', '{"GPU X": 3}'])
-def test_a_damaged_file_of_tuned_cuts_means_the_defaults(tuned, content, caplog):
+def test_a_damaged_file_of_tuned_configs_means_the_defaults(tuned, content, caplog):
     tuned.write_text(content)
     assert tuning.lookup(*CALL) is None
     assert "cannot be read" in caplog.text
 
 
 def test_tuning_can_be_switched_off(tuned, monkeypatch):
-    tuning.remember(*CALL, OneToken(Tile(16, 64, 4, 1), Tile(2, 0, 4, 1, 2)), 1.0)
+    tuning.remember(*CALL, GemvConfig(Tile(16, 64, 4, 1), Tile(2, 0, 4, 1, 2)), 1.0)
     monkeypatch.setattr(tuning, "_entries", None)
     monkeypatch.setenv(tuning.VARIABLE, "off")
     assert tuning.lookup(*CALL) is None
 
 
 def test_tuning_keeps_the_fastest_of_what_runs_and_the_best_tiles_together(tuned, monkeypatch):
-    """The clock is invented: 16-row gates and 1-row survivors are fast, one cut cannot run."""
+    """The clock is invented: 16-row gates and 1-row up_down are fast, one config cannot run."""
     times = {}
 
     def clock(call):
         call()
-        cut = ran[-1]
+        config = ran[-1]
         if len(times) == 3:
-            times[cut] = None
+            times[config] = None
             raise RuntimeError("out of shared memory")
-        times[cut] = 10.0 - 3 * (cut.gate.columns == 32) - 2 * (cut.up_down.rows == 1) - cut.up_down.programs / 10
-        return times[cut] * layers
+        times[config] = (
+            10.0 - 3 * (config.gate.columns == 32) - 2 * (config.up_down.rows == 1) - config.up_down.programs / 10
+        )
+        return times[config] * layers
 
     ran = []
-    plain, layers = calls.gated_mlp, 32
+    plain, layers = dispatch.gated_mlp, 32
 
-    def spy(*args, cut):
-        ran.append(cut)
-        return plain(*args, cut=cut) if len(ran) < 3 else None
+    def spy(*args, config):
+        ran.append(config)
+        return plain(*args, config=config) if len(ran) < 3 else None
 
-    monkeypatch.setattr(calls, "gated_mlp", spy)
-    monkeypatch.setattr(tuning, "median_us", clock)
-    monkeypatch.setattr(tuning, "_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(tuning, "shared_memory", lambda device: 99 << 10)
-    cut, us, default = tuning.tune(32, 48, torch.float32, 1, 0.5)
+    monkeypatch.setattr(dispatch, "gated_mlp", spy)
+    monkeypatch.setattr(autotune, "median_us", clock)
+    monkeypatch.setattr(autotune, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(autotune, "device_facts", lambda device: (2, 99 << 10, False))
+    config, us, default = autotune.tune(32, 48, torch.float32, 1, 0.5)
     found = {c: t for c, t in times.items() if t is not None}
     assert us == min(found.values())
-    assert times[cut] == us
+    assert times[config] == us
     assert default == next(iter(times.values()))
-    assert cut.gate == min(found, key=found.get).gate
+    assert config.gate == min(found, key=found.get).gate
     entries = tuning._read()
     assert list(entries) == ["GPU X 32x48 float32 1 tokens k=0.5"]
-    assert tuning._config(next(iter(entries.values()))) == cut
+    assert tuning._config(next(iter(entries.values()))) == config
 
 
 # with a GPU
@@ -179,12 +182,12 @@ def test_large_shapes(tokens, d, f, dtype):
         threshold = torch.tensor(0.0, device="cuda")
         if k:
             threshold = F.silu(F.linear(x, gate).float()).abs().flatten().kthvalue(int(k * tokens * f)).values * 1.01
-        y = gpu.gated_mlp(x, gate, up, down, threshold, sparsity=k)
+        y = operators.gated_mlp(x, gate, up, down, threshold, sparsity=k)
         expected = truth(x, gate, up, down, threshold)
         plain = error(definition.gated_mlp(x, gate, up, down, threshold), expected)
         # neurons at the very threshold may fall on either side
         assert error(y, expected) < max(2 * plain, 1e-2 if dtype != torch.float32 else 3e-3)
-        assert torch.equal(y, gpu.gated_mlp(x, gate, up, down, threshold, sparsity=k))
+        assert torch.equal(y, operators.gated_mlp(x, gate, up, down, threshold, sparsity=k))
 
 
 @gpu_only
@@ -195,7 +198,7 @@ def test_opcheck(tokens):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.cats_llm.gated_mlp, (x, gate, up, down, t, "silu"), test_utils=tests)
     torch.library.opcheck(torch.ops.cats_llm.linear, (x, gate), test_utils=tests)
-    torch.library.opcheck(torch.ops.cats_llm.product, (gate, up, t, "silu"), test_utils=tests)
+    torch.library.opcheck(torch.ops.cats_llm.act_and_mul, (gate, up, t, "silu"), test_utils=tests)
 
 
 @gpu_only
@@ -205,7 +208,7 @@ def test_a_graph_replays_with_other_inputs_and_thresholds(tokens):
     x, t = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16), torch.tensor(0.1, device="cuda")
 
     def call():
-        return gpu.linear(gpu.gated_mlp(x, gate, up, down, t, sparsity=0.9), gate)
+        return operators.linear(operators.gated_mlp(x, gate, up, down, t, sparsity=0.9), gate)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -228,7 +231,7 @@ def test_compiled_whole_with_graphs(tokens):
 
     @torch.inference_mode()
     def step(x, t):
-        return F.rms_norm(gpu.gated_mlp(F.rms_norm(x, (512,)), gate, up, down, t) + x, (512,))
+        return F.rms_norm(operators.gated_mlp(F.rms_norm(x, (512,)), gate, up, down, t) + x, (512,))
 
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for threshold in (0.0, 0.3, 0.3, 0.6):
@@ -281,7 +284,7 @@ def test_a_decode_linear_is_ours_in_a_graph_and_cublas_outside():
         with torch.cuda.graph(graph):
             out = layer(x)
         graph.replay()
-        assert torch.equal(out, gpu.linear(x, layer.weight, layer.bias))
+        assert torch.equal(out, operators.linear(x, layer.weight, layer.bias))
         compiled = torch.compile(layer, fullgraph=True)(x)
         assert torch.equal(compiled, out)
 
@@ -341,5 +344,5 @@ def test_a_captured_mlp_sees_other_vectors(bias):
 
 
 def test_the_kernels_of_all_devices_are_registered():
-    assert "gpu" in registry.names()
-    assert ("cpu" in registry.names()) == cpu.available()
+    assert "gpu" in backends.names()
+    assert ("cpu" in backends.names()) == cpu.BACKEND.available()

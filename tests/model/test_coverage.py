@@ -137,7 +137,7 @@ def test_packed_sequences_count_from_their_own_beginning(llama):
     with torch.no_grad():
         model(input_ids=llama.ids[:1, :9], position_ids=positions)
     mlp = cats_llm.sparse_mlps(model)[0]
-    assert mlp.tokens.sparse.tolist() == (positions >= 2).tolist()
+    assert mlp.token_mask.sparse.tolist() == (positions >= 2).tolist()
 
 
 def test_achieved_sparsity_counts_dense_tokens(llama):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import cats_llm
-from cats_llm.kernels import cpu, registry
+from cats_llm.kernels import cpu
+from cats_llm.kernels.backend import MAX_DECODE_TOKENS
 from cats_llm.model.decode_linear import decode_linear, decodes_on_our_kernels, use_decode_linears
 from cats_llm.model.structure import find_gated_mlps
 from families import logits
@@ -21,14 +22,14 @@ pytestmark = needs_kernels
 def used(monkeypatch):
     """Names of the kernels that ran, in order."""
     names = []
-    best = registry.best
+    supports = cpu.BACKEND.supports
 
     def spy(request):
-        kernel = best(request)
-        names.append(kernel.name)
-        return kernel
+        served = supports(request)
+        names.append("cpu" if served else "plain")
+        return served
 
-    monkeypatch.setattr(registry, "best", spy)
+    monkeypatch.setattr(cpu.BACKEND, "supports", spy)
     return names
 
 
@@ -45,10 +46,10 @@ def test_a_decode_step_runs_the_cpu_kernel_in_every_layer_of_every_family(case, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [1, 2, registry.MAX_DECODE_TOKENS, registry.MAX_DECODE_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, 2, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1])
 def test_the_number_of_tokens_decides_not_the_batch(llama, used, tokens):
     model = llama.sparse()
-    expected = ["cpu"] * 2 if tokens <= registry.MAX_DECODE_TOKENS else []
+    expected = ["cpu"] * 2 if tokens <= MAX_DECODE_TOKENS else []
     for shape in ((1, tokens), (tokens, 1)):
         used.clear()
         model(llama.ids.flatten()[:tokens].view(shape))
@@ -115,8 +116,7 @@ def test_neuron_major_and_back(split_or_fused):
 
 @torch.no_grad()
 def test_without_the_library_everything_runs_plain(llama, monkeypatch, used):
-    monkeypatch.setattr(registry, "_kernels", [k for k in registry._kernels if k.name == "plain"])
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu.BACKEND, "built", False)
     model = llama.sparse()
     assert all(mlp.down_linear.weight.is_contiguous() for mlp in find_gated_mlps(model))
     torch.testing.assert_close(logits(model, llama.ids), llama.reference_logits, rtol=1e-5, atol=1e-5)

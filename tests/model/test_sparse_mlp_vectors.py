@@ -10,8 +10,9 @@ from torch import nn
 import cats_llm
 from cats_llm import CatsConfig, CatsError, Coverage, SparseMLP
 from cats_llm.checkpoint.vectors import LayerVectors
-from cats_llm.kernels import cpu, registry
-from cats_llm.kernels.gpu import calls
+from cats_llm.kernels import cpu, operators
+from cats_llm.kernels.gpu import dispatch
+from cats_llm.model import sparse_mlp
 from cats_llm.model.surgery import set_thresholds
 from families import HIDDEN, logits
 from marks import needs_kernels
@@ -104,9 +105,10 @@ def test_what_is_attached_to_down_proj_is_called(monkeypatch):
 
 
 KERNELS = {
-    "C++": pytest.param(cpu.gated_mlp, marks=needs_kernels),
+    "C++": pytest.param(operators.gated_mlp, marks=needs_kernels),
     "Triton": pytest.param(
-        calls.gated_mlp, marks=pytest.mark.skipif(not calls.INTERPRETED, reason="CPU tensors need the interpreter")
+        dispatch.gated_mlp,
+        marks=pytest.mark.skipif(not dispatch.INTERPRETED, reason="CPU tensors need the interpreter"),
     ),
 }
 
@@ -128,7 +130,8 @@ def test_a_kernel_gets_the_compensation_as_bias_and_agrees_with_the_plain_path(
         seen.append(args)
         return kernel(x, *args)
 
-    monkeypatch.setattr(registry, "_kernels", [registry.Kernel("spy", run, lambda request: True, 99)])
+    monkeypatch.setattr(cpu.BACKEND, "supports", lambda request: True)
+    monkeypatch.setattr(sparse_mlp, "gated_mlp", run)
     model, threshold, compensation = build(fused, bias, dtype)
     x = clear_of(model, torch.randn(100 * tokens, D).to(dtype), threshold)[:tokens]
     assert len(x) == tokens
@@ -142,7 +145,7 @@ def test_a_kernel_gets_the_compensation_as_bias_and_agrees_with_the_plain_path(
         model(x)
         assert seen[1][-1] is seen[0][-1], "the step must not make the bias anew"
     check(y, gated_mlp(model[0], x, threshold, compensation), scale=2)
-    monkeypatch.setattr(registry, "MAX_DECODE_TOKENS", 0)
+    monkeypatch.setattr(sparse_mlp, "MAX_DECODE_TOKENS", 0)
     check(y, model(x).double(), scale=2)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import cats_llm
 from cats_llm import CatsError, bundled
 from cats_llm.cli.main import main
-from cats_llm.kernels import cpu, registry
+from cats_llm.kernels import cpu
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.text import RowFormat, load_sequences
 from cats_llm.training import prepare
@@ -187,17 +187,17 @@ def test_merged_models_decode_on_the_kernel(runs, base, tmp_path, monkeypatch, m
         finetune(base, out, method="relu", steps=2)
     model = load_model(str(out), device="cpu")
     used = []
-    best = registry.best
+    supports = cpu.BACKEND.supports
 
     def spy(request):
-        used.append((best(request).name, request.activation))
-        return best(request)
+        used.append(("cpu" if supports(request) else "plain", request.activation))
+        return supports(request)
 
-    monkeypatch.setattr(registry, "best", spy)
+    monkeypatch.setattr(cpu.BACKEND, "supports", spy)
     found = logits(model, ids[:1, :1])
     assert [activation for _, activation in used] == [{"cats": "silu", "relu": "relu"}[method]] * 2
     assert all(name.startswith("cpu") for name, _ in used), used
-    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu.BACKEND, "built", False)
     with torch.enable_grad():  # the plain path
         torch.testing.assert_close(found, model(input_ids=ids[:1, :1]).logits.detach(), rtol=1e-4, atol=1e-4)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cats_llm.benchmark.timing import Spread
-from cats_llm.kernels.gpu.tuning import captured
+from cats_llm.kernels.gpu.graphs import captured
 
 Work = Callable[[], object]
 

@@ -12,7 +12,7 @@ from cats_llm.benchmark.models import MLPs
 from cats_llm.benchmark.shapes import Shape
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.kernels.definition import ACTIVATIONS, gate_activation, gated_mlp, keep_mask
-from cats_llm.kernels.gpu.tuning import captured
+from cats_llm.kernels.gpu.graphs import captured
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import sparsify
 

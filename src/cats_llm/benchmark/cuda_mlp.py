@@ -12,7 +12,8 @@ from cats_llm.benchmark.rows import speed
 from cats_llm.benchmark.shapes import Shape
 from cats_llm.benchmark.timing import take_turns
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.kernels import registry
+from cats_llm.kernels.backend import MAX_DECODE_TOKENS, Request
+from cats_llm.kernels.backends import backend_of
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import sparse_mlps, sparsify
 
@@ -39,7 +40,7 @@ def bench_cuda_mlp(
     Args:
         sparsities: share of neurons to skip for each token.
         copy_bandwidth: of the GPU's memory, bytes a second.
-        tokens: rows of the input; with more than `registry.MAX_DECODE_TOKENS` it is prefill.
+        tokens: rows of the input; with more than `MAX_DECODE_TOKENS` it is prefill.
 
     Returns:
         A row for each contestant. Bytes are those of the weights: of gate_proj all, of the others what the tokens'
@@ -104,7 +105,6 @@ def kernel_of(model: nn.Module, tokens: int, sparsity: float) -> str:
     """What a sparse model's MLPs compute with: the kernel's name or `DENSE`."""
     mlp = sparse_mlps(model)[0]
     gate, up, down = (mlp.roles.linear(mlp, role).weight for role in ("gate", "up", "down"))
-    if tokens > registry.MAX_DECODE_TOKENS:
-        return DENSE
-    kernel = registry.best(registry.Request(tokens, gate, up, down, "silu", sparsity))
-    return kernel.name if kernel.reads_less else DENSE
+    backend = backend_of(gate.device)
+    served = tokens <= MAX_DECODE_TOKENS and backend.supports(Request(tokens, gate, up, down, "silu", sparsity))
+    return backend.name if served else DENSE

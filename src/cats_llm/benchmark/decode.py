@@ -15,12 +15,12 @@ from cats_llm.benchmark.timing import Spread, take_turns
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.kernels import cpu
 from cats_llm.kernels.definition import gate_activation, keep_mask
-from cats_llm.model.accounting import bytes_per_token
+from cats_llm.kernels.operators import read_checksum
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import GatedMLP, find_gated_mlps, observe_gates
 from cats_llm.model.surgery import densify, set_thresholds, sparsify
+from cats_llm.model.weight_traffic import bytes_per_token
 
 _PROMPT = 16
 
@@ -187,7 +187,7 @@ def _read_bandwidth(model: nn.Module) -> float:
     for _ in range(5):
         start = time.perf_counter()
         for weight in weights:
-            cpu.read(weight)
+            read_checksum(weight)
         rates.append(sum(w.numel() * w.element_size() for w in weights) / (time.perf_counter() - start))
     return Spread.of(rates).median
 

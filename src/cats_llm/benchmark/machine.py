@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cats_llm.kernels import cpu, registry
+from cats_llm.kernels import backends, cpu
 from cats_llm.versions import versions
 
 
@@ -20,7 +20,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": cpu.isa(),
         "isas": cpu.available_isas(),
-        "kernels": registry.names(),
+        "kernels": backends.names(),
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -10,8 +10,10 @@ from torch import Tensor
 from cats_llm.benchmark.rows import speed
 from cats_llm.benchmark.shapes import Shape
 from cats_llm.benchmark.timing import ratio, take_turns
-from cats_llm.kernels import cpu, registry
+from cats_llm.kernels import cpu, definition
+from cats_llm.kernels.backend import Request
 from cats_llm.kernels.definition import ACTIVATIONS, gate_activation
+from cats_llm.kernels.operators import gated_mlp, read_checksum
 
 # weights that are rotated must be far larger than any cache
 _WORKING_SET = 1_200_000_000
@@ -24,7 +26,7 @@ class _Layer:
         d, f = shape.hidden_size, shape.intermediate_size
         self.gate, self.up = (torch.empty(f, d, dtype=dtype).normal_(std=d**-0.5) for _ in range(2))
         self.dense_down = torch.empty(d, f, dtype=dtype).normal_(std=f**-0.5)
-        self.down = cpu.neuron_major(self.dense_down)
+        self.down = cpu.BACKEND.neuron_major(self.dense_down)
         self.thresholds, self.read_shares = cuts(F.linear(x, self.gate), sparsities)
 
 
@@ -71,7 +73,7 @@ def bench_mlp(
     def read(turn: int) -> None:
         layer = layers[turn % len(layers)]
         for weight in (layer.gate, layer.up, layer.down.t()):
-            cpu.read(weight)
+            read_checksum(weight)
 
     def dense(turn: int) -> None:
         layer = layers[turn % len(layers)]
@@ -80,11 +82,13 @@ def bench_mlp(
     def sparse(i: int) -> Callable[[int], None]:
         def run(turn: int) -> None:
             layer = layers[turn % len(layers)]
-            request = registry.Request(tokens, layer.gate, layer.up, layer.down, "silu")
-            registry.best(request).run(x, layer.gate, layer.up, layer.down, layer.thresholds[i], "silu")
+            ours(x, layer.gate, layer.up, layer.down, layer.thresholds[i], "silu")
 
         return run
 
+    first = layers[0]
+    served = cpu.BACKEND.supports(Request(tokens, first.gate, first.up, first.down, "silu"))
+    ours = gated_mlp if served else definition.gated_mlp
     names = [f"k = {k}" for k in sparsities]
     contestants = {"read": read, "torch dense": dense} | {name: sparse(i) for i, name in enumerate(names)}
     seconds = take_turns(contestants, rounds)
@@ -104,15 +108,9 @@ def bench_mlp(
                 "tokens": tokens,
                 "threads": torch.get_num_threads(),
                 "rounds": rounds,
-                "kernel": _kernel(name, tokens, layers[0]),
+                "kernel": (cpu.BACKEND.name if served else "plain") if name in names else None,
                 "share_of_read_bandwidth": vars(bandwidth),
                 **speed(seconds, name, moved, 3 * matrix, references),
             }
         )
     return rows
-
-
-def _kernel(contestant: str, tokens: int, layer: _Layer) -> str | None:
-    if not contestant.startswith("k ="):
-        return None
-    return registry.best(registry.Request(tokens, layer.gate, layer.up, layer.down, "silu")).name

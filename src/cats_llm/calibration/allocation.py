@@ -60,7 +60,7 @@ def layer_costs(model: nn.Module, mlps: Sequence[GatedMLP], text: CalibrationTex
         module = sparse_module(mlp)
         for column, share in enumerate(GRID):
             threshold, compensation = _one_layer(mlp, statistics[mlp.layer], criterion, share)
-            module.set_vectors(threshold, compensation, score=0.0)
+            module.set_tensors(threshold, compensation, score=0.0)
             module.sparse = True
             costs[row, column] = mean_divergence(model, probe, expected)
             module.sparse = False

@@ -168,7 +168,7 @@ def _through_layers(
     tokens = set_coverage(model, text.coverage)
     for mlp in mlps:
         module = sparse_module(mlp)
-        module.tokens, module.sparse = tokens, False
+        module.token_mask, module.sparse = tokens, False
 
     def decide(place: int, inputs: list[Tensor]) -> None:
         mlp = mlps[place]
@@ -179,7 +179,7 @@ def _through_layers(
         fitted = fitter.fit(weights, criterion.compensate and known is None, added)
         found[mlp.layer] = fitted
         module = sparse_module(mlp)
-        module.set_vectors(fitted.threshold, fitted.compensation, score=fitted.tau)
+        module.set_tensors(fitted.threshold, fitted.compensation, score=fitted.tau)
         module.sparse = criterion.sequential
 
     state = None

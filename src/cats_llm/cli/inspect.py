@@ -12,8 +12,8 @@ from cats_llm.cli.output import percent, quiet_libraries, show, size, table, tra
 from cats_llm.evaluation.sparsity import measure_sparsity
 from cats_llm.integrations.transformers import load_vectors
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
-from cats_llm.model.accounting import bytes_per_token, sparsity_of
 from cats_llm.model.structure import activation_name, find_gated_mlps
+from cats_llm.model.weight_traffic import bytes_per_token, sparsity_of
 from cats_llm.outputs import check_output, write_json
 
 

@@ -14,9 +14,9 @@ from cats_llm.cli import calibrate, options
 from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, show_left_out, table
 from cats_llm.cli.signature import with_options
 from cats_llm.loading import checkpoint_folder, load_model, load_skeleton, load_tokenizer
-from cats_llm.model.accounting import sparsity_of
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
+from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.outputs import check_output, write_json
 from cats_llm.text import RowFormat, TextSource
 

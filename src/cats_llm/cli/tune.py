@@ -46,9 +46,9 @@ def command(
     batches = options.whole_numbers(batch, "--batch")
     if max(batches) > 16:
         raise typer.BadParameter("--batch goes up to 16; more tokens than that use dense products.")
-    if not gpu.available():
+    if not gpu.BACKEND.available():
         raise CatsError("there is no NVIDIA GPU with Triton here, so there is nothing to tune.")
-    from cats_llm.kernels.gpu import tuning
+    from cats_llm.kernels.gpu import autotune, tuning
 
     quiet_libraries()
     if shape is not None:
@@ -60,7 +60,7 @@ def command(
     shown = table("hidden x intermediate", "batch", "sparsity", "us by default", "us tuned", "x")
     cases = [(d, f, tokens, k) for d, f in sizes for tokens in batches for k in ks]
     for d, f, tokens, k in track(cases, "tuning", len(cases)):
-        _, us, default = tuning.tune(d, f, torch_dtype, tokens, k)
+        _, us, default = autotune.tune(d, f, torch_dtype, tokens, k)
         shown.add_row(f"{d} x {f}", str(tokens), f"{k}", f"{default:.1f}", f"{us:.1f}", f"{default / us:.2f}")
     show(shown)
     show(f"kept in {tuning.path() or 'this process only (CATS_GPU_TUNING is off)'}")

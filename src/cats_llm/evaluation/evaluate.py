@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.sparsity import SparsityCounter
-from cats_llm.model.accounting import Sparsity, sparsity_of
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
 from cats_llm.model.surgery import dense_function
 from cats_llm.model.tokens import check_positions, check_tokens
+from cats_llm.model.weight_traffic import Sparsity, sparsity_of
 
 # rows of logits held in float32 at a time
 _ROWS = 512

@@ -24,9 +24,9 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation import input_allocation, input_calibration
 from cats_llm.evaluation.calibration import Calibration
 from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears, dense_inputs, sparse_inputs
-from cats_llm.model.accounting import input_sparsity_of, sparsity_of
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.surgery import dense_function, densify, relu_config, sparse_mlps, sparsify
+from cats_llm.model.weight_traffic import input_sparsity_of, sparsity_of
 
 Config = CatsConfig | InputConfig
 """What a method applies to a model."""

@@ -15,8 +15,8 @@ from cats_llm.evaluation.cache import Cache, digest_code, digest_json, digest_mo
 from cats_llm.evaluation.methods import METHODS, Variant, make_variants, method
 from cats_llm.evaluation.paired import combined, compare
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
-from cats_llm.model.accounting import input_sparsity_of, sparsity_of
 from cats_llm.model.surgery import restored
+from cats_llm.model.weight_traffic import input_sparsity_of, sparsity_of
 from cats_llm.versions import versions
 
 __all__ = ["FORMAT", "VERSION", "Progress", "Variant", "make_variants", "run_evaluation"]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationData, read_batches, run_decoder
 from cats_llm.evaluation.input_sparsity import hooked_inputs
+from cats_llm.kernels.backend import MAX_DECODE_TOKENS
 from cats_llm.kernels.definition import gate_activation, keep_mask
-from cats_llm.kernels.registry import MAX_DECODE_TOKENS
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import GatedMLP, decoder_of, find_gated_mlps
 

@@ -13,8 +13,8 @@ library.define(
     "Tensor? b_gate=None, Tensor? b_up=None, Tensor? b_down=None, float sparsity=0.0) -> Tensor"
 )
 library.define("linear(Tensor x, Tensor w, Tensor? bias=None) -> Tensor")
-library.define("product(Tensor gate, Tensor up, Tensor threshold, str activation) -> Tensor")
-library.define("read(Tensor x) -> int")
+library.define("act_and_mul(Tensor gate, Tensor up, Tensor threshold, str activation) -> Tensor")
+library.define("read_checksum(Tensor x) -> int")
 
 
 def _like_first(x: Tensor, *_: object) -> Tensor:
@@ -26,7 +26,7 @@ def _linear_fake(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 torch.library.register_fake("cats_llm::gated_mlp", _like_first, lib=library)
-torch.library.register_fake("cats_llm::product", _like_first, lib=library)
+torch.library.register_fake("cats_llm::act_and_mul", _like_first, lib=library)
 torch.library.register_fake("cats_llm::linear", _linear_fake, lib=library)
 
 
@@ -42,11 +42,11 @@ def gated_mlp(
     b_down: Tensor | None = None,
     sparsity: float = 0.0,
 ) -> Tensor:
-    """`definition.gated_mlp`, reading only the weights of neurons that survive for some token. No gradient.
+    """`definition.gated_mlp`, reading only the weights of neurons that are active for some token. No gradient.
 
     A neuron whose masked activation is zero is skipped, so an infinity in its other weights does not show.
     ``w_down`` must be stored neuron-major: ``w_down.t()`` has adjacent columns. ``sparsity``, the share of neurons that
-    a token is expected to skip, chooses how the work is cut, never what is computed.
+    a token is expected to skip, chooses how the work is divided, never what is computed.
     """
     out: Tensor = torch.ops.cats_llm.gated_mlp(
         x, w_gate, w_up, w_down, threshold, activation, b_gate, b_up, b_down, sparsity
@@ -60,13 +60,13 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def product(gate: Tensor, up: Tensor, threshold: Tensor, activation: str) -> Tensor:
+def act_and_mul(gate: Tensor, up: Tensor, threshold: Tensor, activation: str) -> Tensor:
     """``CATS_t(act(gate)) * up`` in one pass over (..., f), rounded where PyTorch rounds. GPU only. No gradient."""
-    out: Tensor = torch.ops.cats_llm.product(gate, up, threshold, activation)
+    out: Tensor = torch.ops.cats_llm.act_and_mul(gate, up, threshold, activation)
     return out
 
 
-def read(x: Tensor) -> int:
+def read_checksum(x: Tensor) -> int:
     """A checksum of every byte of ``x``: its time is the machine's read bandwidth with torch's threads. CPU only."""
-    checksum: int = torch.ops.cats_llm.read(x)
+    checksum: int = torch.ops.cats_llm.read_checksum(x)
     return checksum

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.kernels.backends import backend_of
 from cats_llm.model.structure import decoder_of
 
 
@@ -102,7 +103,7 @@ def _positions(inputs: Mapping[str, Any], length: int, device: torch.device) -> 
 
 def _simplified(sparse: Tensor) -> Tensor | bool:
     """True or False where all tokens are alike, so that kernels can be used; not where looking would break a graph."""
-    if torch.compiler.is_compiling() or (sparse.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if backend_of(sparse.device).in_graph():
         return sparse
     number = int(sparse.sum())
     return sparse if 0 < number < sparse.numel() else number > 0

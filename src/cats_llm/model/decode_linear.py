@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cats_llm.kernels import cpu, gpu
+from cats_llm.kernels.backends import NO_KERNELS, backend_of
 from cats_llm.kernels.operators import linear
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import decoder_of, unwrap
@@ -21,18 +21,18 @@ def decode_linear(layer: nn.Linear, input: Tensor) -> Tensor:
     Returns:
         (..., out_features).
     """
-    # launched one by one, cuBLAS costs the processor less than we do; so should this question
-    if input.is_cuda and not gpu.in_graph() and getattr(layer, "_cats_compiled", False):
+    backend = backend_of(input.device)
+    eager = backend.linear_in_graphs_only and not backend.in_graph()
+    # the question itself should cost little where the answer is known
+    if eager and getattr(layer, "_cats_compiled", False):
         return F.linear(input, layer.weight, layer.bias)
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(input.device.type):
-        if cpu.supports_linear(input, layer.weight):
-            return linear(input, layer.weight, layer.bias)
-        if gpu.supports_linear(input, layer.weight):
-            if gpu.in_graph():
-                return linear(input, layer.weight, layer.bias)
-            # a later capture must find our kernel compiled
-            linear(input, layer.weight, layer.bias)
-            layer._cats_compiled = True  # type: ignore[assignment]
+    grad_or_autocast = torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type)
+    if not grad_or_autocast and backend.supports_linear(input, layer.weight):
+        y = linear(input, layer.weight, layer.bias)
+        if not eager:
+            return y
+        # not used, but a later capture must find our kernel compiled
+        layer._cats_compiled = True  # type: ignore[assignment]
     return F.linear(input, layer.weight, layer.bias)
 
 
@@ -67,7 +67,8 @@ def use_decode_linears(model: nn.Module, enabled: bool = True) -> None:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether its forward is PyTorch's own, on a device that may have a kernel."""
+    """Whether its forward is PyTorch's own, on a device that may have kernels."""
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
-    return type(layer.weight) is nn.Parameter and layer.weight.device.type in ("cpu", "cuda")
+    backend = backend_of(layer.weight.device)
+    return backend is not NO_KERNELS and type(layer.weight) in backend.weight_types

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cats_llm.kernels import cpu, gpu, registry
+from cats_llm.kernels.backend import MAX_DECODE_TOKENS, Backend, Request
+from cats_llm.kernels.backends import backend_of
 from cats_llm.kernels.definition import Activation, cats_activation
+from cats_llm.kernels.operators import act_and_mul, gated_mlp
+from cats_llm.model.layer_tensors import Float32Buffers
 from cats_llm.model.structure import GatedMLP, activation_name
-from cats_llm.model.vectors import ExactVectors
 
 if TYPE_CHECKING:
     from cats_llm.model.coverage import TokenCoverage
@@ -33,25 +35,25 @@ STATE = {
     "activation_name",
     "sparse",
     "expected_sparsity",
-    "tokens",
+    "token_mask",
 }
 """Names of what a `SparseMLP` holds beside its children, which must not have them."""
 
 
-class SparseMLP(ExactVectors):
+class SparseMLP(Float32Buffers):
     """``down(CATS_t(act(gate(x))) * up(x))`` with the projections of the dense module, under the same names.
 
     The projections are shared with the dense module, not copied, and are called as modules wherever something may
     have been attached to them (adapters, hooks, sharding). Where they are plain linear layers and the call is a decode
-    step, the kernel registry chooses the implementation.
+    step, the backend of the device is asked whether it has a kernel for it.
 
     Attributes:
-        threshold, compensation, score: see `ExactVectors`.
+        threshold, compensation, score: see `Float32Buffers`.
         layer: index of the decoder layer that owns it.
         roles: which of its children does what.
         sparse: False runs the dense function, for calibration and comparison.
         expected_sparsity: share of neurons that a token is expected to skip; chooses kernels, not what is computed.
-        tokens: knows which tokens of the running call are sparse; None if all are.
+        token_mask: knows which tokens of the running call are sparse; None if all are.
     """
 
     def __init__(self, mlp: GatedMLP, threshold: Tensor) -> None:
@@ -68,7 +70,7 @@ class SparseMLP(ExactVectors):
         self.activation_name = activation_name(mlp.activation)
         self.sparse = True
         self.expected_sparsity = 0.0
-        self.tokens: TokenCoverage | None = None
+        self.token_mask: TokenCoverage | None = None
         self.train(dense.training)
 
     @property
@@ -91,16 +93,16 @@ class SparseMLP(ExactVectors):
         """(..., d) -> (..., d)."""
         tokens = x.numel() // x.shape[-1]
         threshold = self.threshold_for(x)
-        one_for_all = threshold is not None and threshold.dim() < 2
-        if one_for_all and tokens <= registry.MAX_DECODE_TOKENS and not torch.is_grad_enabled():
-            weights = self._plain_weights(x)
-            if weights is not None and self.activation_name is not None:
-                (w_gate, w_up, w_down), biases = weights
-                k = self.expected_sparsity if x.is_cuda else 0.0  # compiled code depends on it
-                kernel = registry.best(registry.Request(tokens, w_gate, w_up, w_down, self.activation_name, k))
-                if kernel.reads_less:
-                    biases = (*biases[:-1], self._bias_with(self._added(x)))
-                    return kernel.run(x, w_gate, w_up, w_down, threshold, self.activation_name, *biases, sparsity=k)
+        decode = tokens <= MAX_DECODE_TOKENS and not torch.is_grad_enabled()
+        if decode and threshold is not None and threshold.dim() < 2:  # tokens that differ are left to PyTorch
+            backend, activation = backend_of(x.device), self.activation_name
+            weights = self._plain_weights(x, backend)
+            if weights is not None and activation is not None:
+                (w_gate, w_up, w_down), (b_gate, b_up, _) = weights
+                k = self.expected_sparsity if backend.depends_on_sparsity else 0.0  # compiled code depends on it
+                if backend.supports(Request(tokens, w_gate, w_up, w_down, activation, k)):
+                    b_down = self._bias_with(self._added(x))
+                    return gated_mlp(x, w_gate, w_up, w_down, threshold, activation, b_gate, b_up, b_down, sparsity=k)
         gate, up = self.roles.gate_and_up(self, x)
         return self._down(self._product(gate, up, threshold))
 
@@ -108,7 +110,7 @@ class SparseMLP(ExactVectors):
         """down_proj of h, (..., f), and the compensation: as its bias, which costs no launch, where it can be."""
         added, down = self._added(h), self.down_linear
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(h.device.type)
-        if added is not None and added.dim() == 1 and plain and _is_plain(down, h):
+        if added is not None and added.dim() == 1 and plain and _is_plain(down, h, backend_of(h.device)):
             return F.linear(h, down.weight, self._bias_with(added))
         y: Tensor = down(h)
         return y if added is None else y + added.to(y.device, y.dtype)
@@ -130,9 +132,9 @@ class SparseMLP(ExactVectors):
             self.activation_name is not None
             and threshold.dim() <= 1  # tokens that differ are rare, and left to PyTorch
             and not torch.is_grad_enabled()
-            and gpu.supports_product(gate, up)
+            and backend_of(gate.device).supports_act_and_mul(gate, up)
         ):
-            return gpu.product(gate, up, threshold, self.activation_name)
+            return act_and_mul(gate, up, threshold, self.activation_name)
         return cats_activation(gate, threshold, self.activation) * up
 
     def threshold_for(self, x: Tensor) -> Tensor | None:
@@ -143,17 +145,19 @@ class SparseMLP(ExactVectors):
         """A value, () or (n,), for the sparse tokens of x, (..., d), and 0 for dense ones; None if all are dense."""
         if not self.sparse:
             return None
-        return value if self.tokens is None else self.tokens.only_sparse(value, x)
+        return value if self.token_mask is None else self.token_mask.only_sparse(value, x)
 
     def _added(self, x: Tensor) -> Tensor | None:
         """The compensation for the tokens of x, in its dtype: (d,), or (..., d) where tokens differ; None for none."""
         compensation = self._compensation_like(x)
         return None if compensation is None else self.of_sparse_tokens(compensation, x)
 
-    def _plain_weights(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
+    def _plain_weights(
+        self, x: Tensor, backend: Backend
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
         """Weights and biases of gate, up and down, or None where calling the modules means more than using these."""
         linears: list[Any] = [self._modules[name] for name in self._projections]
-        if torch.is_autocast_enabled(x.device.type) or not all(_is_plain(linear, x) for linear in linears):
+        if torch.is_autocast_enabled(x.device.type) or not all(_is_plain(linear, x, backend) for linear in linears):
             return None
         weights: list[Tensor] = [linear.weight for linear in linears]
         biases: list[Tensor | None] = [linear.bias for linear in linears]
@@ -166,18 +170,14 @@ class SparseMLP(ExactVectors):
         """Lay down_proj's weight out so that a neuron's column is contiguous, or, to undo it, its rows.
 
         Decode kernels need it to skip neurons. There is still one copy, of the same logical shape (d, f) and the same
-        bytes on disk. Only plain weights are touched, and only if there is a kernel for their device.
+        bytes on disk. Only plain weights are touched, and only if there are kernels for their device.
         """
+        if type(self.down_linear) is not nn.Linear:
+            return
         weight = self.down_linear.weight
-        if type(self.down_linear) is not nn.Linear or type(weight) is not nn.Parameter:
-            return
-        kernels = {"cpu": cpu, "cuda": gpu}.get(weight.device.type)
-        if kernels is None:
-            return
-        if not enabled:
-            weight.data = weight.data.contiguous()
-        elif kernels.available() and (weight.stride(0) != 1 or weight.shape[0] == 1):
-            weight.data = kernels.neuron_major(weight.data)
+        backend = backend_of(weight.device)
+        if type(weight) in backend.weight_types:
+            weight.data = backend.neuron_major(weight.data) if enabled else weight.data.contiguous()
 
     def dense_module(self) -> nn.Module:
         """The dense module that this one replaced, with the projections as they are now."""
@@ -192,13 +192,14 @@ class SparseMLP(ExactVectors):
         return f"threshold={shown}" + (", compensation" if self.compensation is not None else "")
 
 
-def _is_plain(linear: nn.Module, x: Tensor) -> bool:
+def _is_plain(linear: nn.Module, x: Tensor, backend: Backend) -> bool:
+    """Whether calling the layer with x does no more than a product with a weight that kernels can read."""
     return (
         type(linear) is nn.Linear
         and "forward" not in linear.__dict__  # accelerate's hooks replace the method of the instance
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
-        and type(linear.weight) is nn.Parameter  # not a DTensor, nor a quantised tensor
+        and type(linear.weight) in backend.weight_types
         and linear.weight.device == x.device
         and linear.weight.dtype == x.dtype
     )

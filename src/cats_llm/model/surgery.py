@@ -239,9 +239,9 @@ def set_thresholds(
     for layer, mlp in sparse_mlps(model).items():
         value, own = values[layer], (vectors or {}).get(layer, LayerVectors())
         if own.thresholds is None:
-            mlp.set_vectors(torch.tensor(value, dtype=torch.float32, device="cpu"), own.compensation)
+            mlp.set_tensors(torch.tensor(value, dtype=torch.float32, device="cpu"), own.compensation)
         else:
-            mlp.set_vectors(own.thresholds, own.compensation, score=value)
+            mlp.set_tensors(own.thresholds, own.compensation, score=value)
 
 
 def configure(model: nn.Module, config: CatsConfig) -> None:
@@ -249,7 +249,7 @@ def configure(model: nn.Module, config: CatsConfig) -> None:
     set_thresholds(model, config.thresholds, config.vectors)
     tokens = set_coverage(model, config.coverage)
     for mlp in sparse_mlps(model).values():
-        mlp.tokens = tokens
+        mlp.token_mask = tokens
 
 
 @contextmanager

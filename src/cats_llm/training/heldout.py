@@ -12,7 +12,7 @@ from torch import Tensor
 from cats_llm import distributed
 from cats_llm.evaluation.evaluate import exp
 from cats_llm.evaluation.sparsity import SparsityCounter
-from cats_llm.model.accounting import sparsity_of
+from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.training.data import IGNORED, Example
 
 # rows of logits held in float32 at a time

@@ -1,60 +1,56 @@
 """The CPU kernels: decoding at the speed of memory, in C++ (see README.md).
 
-Importing this module loads the library and registers its kernel; without the library it registers nothing.
+Importing this module loads the library, if it was built.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cats_llm.kernels import registry
+from cats_llm.kernels.backend import FLOAT_DTYPES, MAX_DECODE_TOKENS, Backend, Request
 from cats_llm.kernels.cpu.library import available, available_isas, isa, set_isa, use_isa
-from cats_llm.kernels.cpu.pages import neuron_major
+from cats_llm.kernels.cpu.pages import copy_neuron_major
 from cats_llm.kernels.definition import ACTIVATIONS
-from cats_llm.kernels.operators import gated_mlp, linear, read
 
-__all__ = [
-    "available",
-    "available_isas",
-    "gated_mlp",
-    "isa",
-    "linear",
-    "neuron_major",
-    "read",
-    "set_isa",
-    "supports",
-    "supports_linear",
-    "use_isa",
-]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["BACKEND", "available", "available_isas", "isa", "set_isa", "use_isa"]
 
 
-def supports(request: registry.Request) -> bool:
-    """Whether `gated_mlp` can and should serve the request."""
-    gate, up, down = request.w_gate, request.w_up, request.w_down
-    return (
-        request.tokens <= registry.MAX_DECODE_TOKENS
-        and gate.device.type == up.device.type == down.device.type == "cpu"
-        and gate.dtype in _DTYPES
-        and gate.dtype == up.dtype == down.dtype
-        and request.activation in ACTIVATIONS
-        and (gate.stride(1) == up.stride(1) == down.stride(0) == 1 or gate.shape[1] == 1)
-        and not torch.is_grad_enabled()
-    )
+class CPUBackend(Backend):
+    """The C++ kernels."""
+
+    name = "cpu"
+    built = available()
+
+    def supports(self, request: Request) -> bool:
+        """Up to `MAX_DECODE_TOKENS` tokens."""
+        gate, up, down = request.w_gate, request.w_up, request.w_down
+        return (
+            request.tokens <= MAX_DECODE_TOKENS
+            and gate.is_cpu
+            and up.is_cpu
+            and down.is_cpu
+            and gate.dtype in FLOAT_DTYPES
+            and gate.dtype == up.dtype == down.dtype
+            and request.activation in ACTIVATIONS
+            and (gate.stride(1) == up.stride(1) == down.stride(0) == 1 or gate.shape[1] == 1)
+            and not torch.is_grad_enabled()
+            and self.built
+        )
+
+    def supports_linear(self, x: Tensor, w: Tensor) -> bool:
+        """Up to `MAX_DECODE_TOKENS` tokens."""
+        return (
+            self.built
+            and x.is_cpu
+            and w.is_cpu
+            and x.dtype == w.dtype
+            and x.dtype in FLOAT_DTYPES
+            and (type(w) is Tensor or type(w) in self.weight_types)
+            and 0 < x.numel() <= MAX_DECODE_TOKENS * w.shape[1]
+            and w.stride(1) == 1
+        )
+
+    def _copy_neuron_major(self, weight: Tensor) -> Tensor:
+        return copy_neuron_major(weight)
 
 
-def supports_linear(x: Tensor, w: Tensor) -> bool:
-    """Whether `linear` can and should compute ``F.linear(x, w)``."""
-    return (
-        available()
-        and x.device.type == w.device.type == "cpu"
-        and x.dtype == w.dtype
-        and x.dtype in _DTYPES
-        and type(w) in (Tensor, nn.Parameter)  # not sharded or quantised
-        and 0 < x.numel() <= registry.MAX_DECODE_TOKENS * w.shape[1]
-        and w.stride(1) == 1
-    )
-
-
-if available():
-    registry.register(registry.Kernel("cpu", gated_mlp, supports, priority=10))
+BACKEND = CPUBackend()

@@ -14,14 +14,14 @@ _HUGE_PAGE = 1 << 21
 _MADV_HUGEPAGE = 14
 
 
-def neuron_major(weight: Tensor) -> Tensor:
+def copy_neuron_major(weight: Tensor) -> Tensor:
     """A copy of ``weight``, (d, f), of the same shape, in which the d numbers of a neuron are adjacent."""
     copy = torch.empty_like(weight.t(), memory_format=torch.contiguous_format)
-    _ask_for_huge_pages(copy)
+    _advise_huge_pages(copy)
     return copy.copy_(weight.t()).t()
 
 
-def _ask_for_huge_pages(fresh: Tensor) -> None:
+def _advise_huge_pages(fresh: Tensor) -> None:
     """Advice only: where it cannot be followed, nothing changes."""
     if not sys.platform.startswith("linux"):
         return

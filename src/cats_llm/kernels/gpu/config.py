@@ -1,4 +1,4 @@
-"""How the kernels are cut into programs: the defaults, measured on an H200, and what tuning chooses from."""
+"""Launch configs, how kernels are divided into programs: the defaults, measured on an H200, and what tuning tries."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's cut.
+    """One kernel's tile: what a program of it holds, and how it runs.
 
     Attributes:
         rows: weight rows a program holds at a time.
         columns: elements of each of these rows that it holds at a time; 0 for whole rows.
         warps: of 32 threads.
         stages: depth of the software pipeline; 1 loads and computes in turn.
-        programs: programs a multiprocessor, for the kernels that share out the survivors.
+        programs: programs a multiprocessor, for the kernels that share out the active neurons.
     """
 
     rows: int
@@ -25,23 +25,23 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class OneToken:
-    """The cut of a sparse MLP for one token: up and down in one kernel, by whole rows."""
+class GemvConfig:
+    """Tiles of a sparse MLP for one token: up and down in one kernel, by whole rows."""
 
     gate: Tile
     up_down: Tile
 
 
 @dataclass(frozen=True)
-class FewTokens:
-    """The cut of a sparse MLP for several tokens, on tensor cores."""
+class SmallBatchConfig:
+    """Tiles of a sparse MLP for several tokens, on tensor cores."""
 
     gate: Tile
     up: Tile
     down: Tile
 
 
-Config = OneToken | FewTokens
+Config = GemvConfig | SmallBatchConfig
 
 # whole rows of more elements than this do not fit a program's registers
 _LONGEST_ROW = 32768
@@ -53,17 +53,17 @@ def power_of_two(n: int) -> int:
 
 
 def default(tokens: int, d: int, itemsize: int, sparsity: float, shared_memory: int) -> Config:
-    """The cut when nothing was tuned.
+    """The config when nothing was tuned.
 
     Args:
         tokens: 1 to 16.
         d: hidden size.
         itemsize: bytes of an element.
-        sparsity: expected share of neurons that no token needs.
+        sparsity: expected share of neurons that are active for no token.
         shared_memory: bytes that a program may have on this GPU.
     """
     if tokens == 1 and d <= _LONGEST_ROW:
-        return OneToken(Tile(16, min(256, power_of_two(d)), 4, 1), _whole_rows(d, itemsize, shared_memory))
+        return GemvConfig(Tile(16, min(256, power_of_two(d)), 4, 1), _whole_rows(d, itemsize, shared_memory))
     k = 64 * 2 // itemsize
     if sparsity < 0.3:
         up, down = Tile(32, k, 2, 4, programs=4), Tile(64, 256, 8, 2, programs=4)
@@ -71,7 +71,7 @@ def default(tokens: int, d: int, itemsize: int, sparsity: float, shared_memory: 
         up, down = Tile(16, 2 * k, 2, 4, programs=4), Tile(32, 256, 8, 4, programs=4)
     else:
         up, down = Tile(16, 2 * k, 2, 4, programs=2), Tile(32, 128, 4, 4, programs=4)
-    return FewTokens(Tile(32, k, 2, 6), up, down)
+    return SmallBatchConfig(Tile(32, k, 2, 6), up, down)
 
 
 def _whole_rows(d: int, itemsize: int, shared_memory: int, rows: int = 4, stages: int = 3) -> Tile:
@@ -90,7 +90,7 @@ def _pipeline_bytes(rows: int, row: int, itemsize: int, stages: int) -> int:
 
 
 def smaller(config: Config) -> Config | None:
-    """A cut that needs less of a multiprocessor, after one that did not fit; None if there is none."""
+    """A config that needs less of a multiprocessor, after one that did not fit; None if there is none."""
     tiles = vars(config)
     less = {name: replace(t, stages=max(1, t.stages - 1)) for name, t in tiles.items()}
     if less == tiles:
@@ -99,10 +99,10 @@ def smaller(config: Config) -> Config | None:
 
 
 def candidates(tokens: int, d: int, itemsize: int, sparsity: float, shared_memory: int) -> Iterator[Config]:
-    """What tuning tries, the default first: one stage varied at a time around the default."""
+    """What tuning tries, the default first: one kernel's tile varied at a time around the default."""
     start = default(tokens, d, itemsize, sparsity, shared_memory)
     yield start
-    if isinstance(start, OneToken):
+    if isinstance(start, GemvConfig):
         for columns, warps in ((128, 2), (128, 4), (256, 8), (512, 4), (512, 8)):
             yield replace(start, gate=Tile(16, min(columns, power_of_two(d)), warps, 1))
         for rows, stages, programs in itertools.product((1, 2, 4), (1, 2, 3), (1, 2, 3)):
@@ -118,7 +118,7 @@ def candidates(tokens: int, d: int, itemsize: int, sparsity: float, shared_memor
         yield replace(start, down=Tile(rows, columns, warps, 2 if rows == 64 else 4, programs))
 
 
-def linear(d: int) -> Tile:
-    """The cut of a linear layer for one token."""
+def linear_tile(d: int) -> Tile:
+    """The tile of a linear layer for one token."""
     columns = min(2048, power_of_two(d))
     return Tile(1, columns, max(1, min(8, columns // 256)), 1)

@@ -52,12 +52,12 @@ struct Linear {
 struct Steps {
   size_t packed_element;  // bytes
   void (*pack)(const void* x, int64_t n, int64_t d, void* packed);
-  // a[j * n + i] = CATS_t(act(gate)) for neurons j in rows; lists those that are non-zero for any token. Returns how many.
-  int64_t (*gate)(const Mlp&, const void* packed, Range rows, float* a, int32_t* alive);
+  // a[j * n + i] = CATS_t(act(gate)) for neurons j in rows; lists the active ones (non-zero for any token), returns how many.
+  int64_t (*gate)(const Mlp&, const void* packed, Range rows, float* a, int32_t* active);
   // partial = sum over the listed neurons of a * up * w_down, in the chunked layout of y.
-  void (*up_down)(const Mlp&, const void* packed, const float* a, const int32_t* alive, int64_t count, float* partial);
+  void (*up_down)(const Mlp&, const void* packed, const float* a, const int32_t* active, int64_t count, float* partial);
   // y = b_down + the partials in order, for the given chunks of d. Partials are `stride` floats apart.
-  void (*combine)(const Mlp&, const float* partials, int64_t count, int64_t stride, Range chunks);
+  void (*reduce_partials)(const Mlp&, const float* partials, int64_t count, int64_t stride, Range chunks);
   void (*linear)(const Linear&, const void* packed, Range rows);
 };
 
@@ -65,7 +65,7 @@ struct Steps {
 struct Kernels {
   const char* name;
   Steps f32, bf16, f16;
-  uint64_t (*read)(const void* data, int64_t bytes);  // touches every byte; the yardstick of the benchmarks
+  uint64_t (*read_checksum)(const void* data, int64_t bytes);  // touches every byte; the yardstick of the benchmarks
   const Steps& steps(Dtype dtype) const { return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16 : this->f16; }
 };
 
@@ -77,7 +77,7 @@ struct Pool {
 
 void gated_mlp(const Mlp&, const Kernels&, const Pool&);
 void linear(const Linear&, const Kernels&, const Pool&);
-uint64_t read(const void* data, int64_t bytes, const Kernels&, const Pool&);
+uint64_t read_checksum(const void* data, int64_t bytes, const Kernels&, const Pool&);
 
 // The instruction sets built into this library, slowest first; `runs` says whether this CPU has it.
 struct Isa {

@@ -19,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Set once when the library is loaded; tests and benchmarks may change it.
-std::atomic<const cats::Kernels*> active{[] {
+std::atomic<const cats::Kernels*> in_use{[] {
   const cats::Kernels* best = nullptr;
   for (int i = 0; i < cats::kIsaCount; ++i)
     if (cats::kIsas[i].runs()) best = cats::kIsas[i].kernels;
@@ -115,7 +115,7 @@ Tensor gated_mlp(const Tensor& any_x, const Tensor& w_gate, const Tensor& w_up, 
   m.b_down = down_bias.data();
 
   Tensor y = torch::stable::empty_like(x);
-  const cats::Kernels& kernels = *active.load();
+  const cats::Kernels& kernels = *in_use.load();
   for_slices(x, m.d, y, m.d, [&](const void* from, void* to, int64_t n) {
     m.x = from;
     m.y = to;
@@ -142,7 +142,7 @@ Tensor linear(const Tensor& any_x, const Tensor& w, const std::optional<Tensor>&
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = m.out;
   Tensor y = torch::stable::new_empty(x, shape);
-  const cats::Kernels& kernels = *active.load();
+  const cats::Kernels& kernels = *in_use.load();
   for_slices(x, m.d, y, m.out, [&](const void* from, void* to, int64_t n) {
     m.x = from;
     m.y = to;
@@ -152,9 +152,10 @@ Tensor linear(const Tensor& any_x, const Tensor& w, const std::optional<Tensor>&
   return y;
 }
 
-int64_t read_bytes(const Tensor& x) {
+int64_t read_checksum(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "cats_llm: x must be a contiguous CPU tensor");
-  return int64_t(cats::read(x.const_data_ptr(), x.numel() * int64_t(x.element_size()), *active.load(), torch_pool()));
+  const int64_t bytes = x.numel() * int64_t(x.element_size());
+  return int64_t(cats::read_checksum(x.const_data_ptr(), bytes, *in_use.load(), torch_pool()));
 }
 
 }  // namespace
@@ -163,13 +164,13 @@ int64_t read_bytes(const Tensor& x) {
 STABLE_TORCH_LIBRARY_IMPL(cats_llm, CPU, m) {
   m.impl("gated_mlp", TORCH_BOX(&gated_mlp));
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("read", TORCH_BOX(&read_bytes));
+  m.impl("read_checksum", TORCH_BOX(&read_checksum));
 }
 
 // What has no tensor in it is plain C, called through ctypes.
 #define CATS_EXPORT extern "C" __attribute__((visibility("default")))
 
-CATS_EXPORT const char* cats_cpu_isa() { return active.load()->name; }
+CATS_EXPORT const char* cats_cpu_isa() { return in_use.load()->name; }
 
 // The name of the i-th instruction set that this CPU runs, slowest first; null past the last.
 CATS_EXPORT const char* cats_cpu_isa_at(int i) {
@@ -182,7 +183,7 @@ CATS_EXPORT const char* cats_cpu_isa_at(int i) {
 CATS_EXPORT bool cats_cpu_set_isa(const char* name) {
   for (int k = 0; k < cats::kIsaCount; ++k)
     if (cats::kIsas[k].runs() && std::strcmp(cats::kIsas[k].kernels->name, name) == 0) {
-      active = cats::kIsas[k].kernels;
+      in_use = cats::kIsas[k].kernels;
       return true;
     }
   return false;

@@ -83,7 +83,7 @@ void activate(float* a, int64_t count, Act act) {
 }
 
 template <class T>
-int64_t gate(const Mlp& m, const void* packed, Range rows, float* a, int32_t* alive) {
+int64_t gate(const Mlp& m, const void* packed, Range rows, float* a, int32_t* active) {
   dot_rows<T>(m.w_gate, m.ld_gate, rows, packed, m.n, m.d, [&](int64_t j, const float* sums) {
     const float bias = element<T>(m.b_gate, j);
     for (int64_t i = 0; i < m.n; ++i) a[j * m.n + i] = sums[i] + bias;
@@ -96,43 +96,43 @@ int64_t gate(const Mlp& m, const void* packed, Range rows, float* a, int32_t* al
     case Activation::gelu_tanh: activate<T>(first, count, gelu_tanh); break;
     case Activation::relu: activate<T>(first, count, relu); break;
   }
-  int64_t survivors = 0;
+  int64_t active_count = 0;
   for (int64_t j = rows.begin; j < rows.end; ++j) {
     const float t = m.threshold[j * m.threshold_stride];
     bool any = false;
     for (float* v = a + j * m.n; v < a + (j + 1) * m.n; ++v) {
-      if (__builtin_fabsf(*v) < t) *v = 0.0f;  // false for NaN, which thus lives and shows in y
+      if (__builtin_fabsf(*v) < t) *v = 0.0f;  // false for NaN, which is thus active and shows in y
       any |= *v != 0.0f;
     }
-    alive[survivors] = int32_t(j);
-    survivors += any;
+    active[active_count] = int32_t(j);
+    active_count += any;
   }
-  return survivors;
+  return active_count;
 }
 
 // Tiles of R neurons: their up dot products, then their rows of w_down.
 template <class T, int R, int N>
-int64_t up_down_tiles(const Mlp& m, const void* packed, const float* a, const int32_t* alive, int64_t k, int64_t count,
+int64_t up_down_tiles(const Mlp& m, const void* packed, const float* a, const int32_t* active, int64_t k, int64_t count,
                       float* partial) {
   for (; k + R <= count; k += R) {
     const T *up[R], *down[R], *next[R];
     for (int r = 0; r < R; ++r) {
-      up[r] = row<T>(m.w_up, m.ld_up, alive[k + r]);
-      down[r] = row<T>(m.w_down, m.ld_down, alive[k + r]);
-      next[r] = k + R + r < count ? row<T>(m.w_up, m.ld_up, alive[k + R + r]) : down[r];
+      up[r] = row<T>(m.w_up, m.ld_up, active[k + r]);
+      down[r] = row<T>(m.w_down, m.ld_down, active[k + r]);
+      next[r] = k + R + r < count ? row<T>(m.w_up, m.ld_up, active[k + R + r]) : down[r];
     }
     for (int64_t later = k + 2 * R; later < k + 3 * R && later < count; ++later) {
-      announce(row<T>(m.w_up, m.ld_up, alive[later]), m.d);
-      announce(row<T>(m.w_down, m.ld_down, alive[later]), m.d);
+      prefetch_pages(row<T>(m.w_up, m.ld_up, active[later]), m.d);
+      prefetch_pages(row<T>(m.w_down, m.ld_down, active[later]), m.d);
     }
     float scale[R * kMaxTokens];
     constexpr int D = R < kDotRows ? R : kDotRows;
     for (int r = 0; r < R; r += D)
       dot<T, D>(up + r, down + r, static_cast<const typename Dot<T>::X*>(packed), m.n, m.d, scale + r * kMaxTokens);
     for (int r = 0; r < R; ++r) {
-      const float bias = element<T>(m.b_up, alive[k + r]);
+      const float bias = element<T>(m.b_up, active[k + r]);
       for (int64_t i = 0; i < m.n; ++i) {
-        const float act = a[alive[k + r] * m.n + i];
+        const float act = a[active[k + r] * m.n + i];
         float& s = scale[r * kMaxTokens + i];
         s = act == 0.0f ? 0.0f : act * (s + bias);  // a token that masks this neuron must not see its infinities
       }
@@ -143,18 +143,18 @@ int64_t up_down_tiles(const Mlp& m, const void* packed, const float* a, const in
 }
 
 template <class T>
-void up_down(const Mlp& m, const void* packed, const float* a, const int32_t* alive, int64_t count, float* partial) {
+void up_down(const Mlp& m, const void* packed, const float* a, const int32_t* active, int64_t count, float* partial) {
   std::memset(partial, 0, size_t(chunks(m.d) * kChunk * m.n) * sizeof(float));
   if (m.n == 1) {
-    up_down_tiles<T, 1, 1>(m, packed, a, alive, 0, count, partial);
+    up_down_tiles<T, 1, 1>(m, packed, a, active, 0, count, partial);
   } else {
-    const int64_t done = up_down_tiles<T, kAddRows, 0>(m, packed, a, alive, 0, count, partial);
-    up_down_tiles<T, 1, 0>(m, packed, a, alive, done, count, partial);
+    const int64_t done = up_down_tiles<T, kAddRows, 0>(m, packed, a, active, 0, count, partial);
+    up_down_tiles<T, 1, 0>(m, packed, a, active, done, count, partial);
   }
 }
 
 template <class T>
-void combine(const Mlp& m, const float* partials, int64_t count, int64_t stride, Range range) {
+void reduce_partials(const Mlp& m, const float* partials, int64_t count, int64_t stride, Range range) {
   for (int64_t c = range.begin; c < range.end; ++c) {
     const int64_t column = c * kChunk, width = m.d - column < kChunk ? m.d - column : kChunk;
     T bias[kChunk] = {};
@@ -189,7 +189,7 @@ void linear(const Linear& m, const void* packed, Range rows) {
   }
 }
 
-inline uint64_t read(const void* data, int64_t bytes) {
+inline uint64_t read_checksum(const void* data, int64_t bytes) {
   constexpr int words = 64;
   const char* p = static_cast<const char*>(data);
   uint64_t acc[words] = {}, block[words];
@@ -204,11 +204,11 @@ inline uint64_t read(const void* data, int64_t bytes) {
 
 template <class T>
 constexpr Steps make_steps() {
-  return {sizeof(typename Dot<T>::X), pack<T>, gate<T>, up_down<T>, combine<T>, linear<T>};
+  return {sizeof(typename Dot<T>::X), pack<T>, gate<T>, up_down<T>, reduce_partials<T>, linear<T>};
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, make_steps<float>(), make_steps<bf16>(), make_steps<f16>(), read};
+  return {name, make_steps<float>(), make_steps<bf16>(), make_steps<f16>(), read_checksum};
 }
 
 }  // namespace

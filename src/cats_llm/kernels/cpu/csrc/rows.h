@@ -41,7 +41,7 @@ struct Prefetcher {
 // Touches the first lines of each page of a row that will be read soon but that nothing predicts: its address translation
 // and the hardware's own prefetching are then under way when the Prefetcher arrives.
 template <class T>
-void announce(const T* row, int64_t d) {
+void prefetch_pages(const T* row, int64_t d) {
   const char* p = reinterpret_cast<const char*>(row);
   for (int64_t offset = 0; offset < d * int64_t(sizeof(T)); offset += 4096) {
     __builtin_prefetch(p + offset);

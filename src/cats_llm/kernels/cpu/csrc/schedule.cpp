@@ -1,6 +1,6 @@
 // Which thread does what. Work is cut into blocks that depend on the shapes and the data, never on the number of threads,
 // and each block's result has its own place, so the bits of y do not depend on who computed what. Threads take the next
-// block when they are done with one, so they finish together however unevenly the survivors are spread.
+// block when they are done with one, so they finish together however unevenly the active neurons are spread.
 
 #include <algorithm>
 #include <atomic>
@@ -94,30 +94,30 @@ void gated_mlp(const Mlp& m, const Kernels& kernels, const Pool& pool) {
   scratch.begin(padded * int64_t(steps.packed_element) + m.f * m.n * 4 + m.f * 4 + max_partials * stride * 4, 4);
   char* packed = scratch.take<char>(padded * int64_t(steps.packed_element));
   float* a = scratch.take<float>(m.f * m.n);
-  int32_t* alive = scratch.take<int32_t>(m.f);
+  int32_t* active = scratch.take<int32_t>(m.f);
   float* partials = scratch.take<float>(max_partials * stride);
   steps.pack(m.x, m.n, m.d, packed);
 
   const RowBlocks rows(m.f, m.d * size);
-  std::unique_ptr<int64_t[]> survivors(new int64_t[size_t(rows.count())]);
+  std::unique_ptr<int64_t[]> active_counts(new int64_t[size_t(rows.count())]);
   for_blocks(pool, rows.count(), m.f * m.d * size, [&](int64_t b) {
-    survivors[size_t(b)] = steps.gate(m, packed, rows[b], a, alive + rows[b].begin);
+    active_counts[size_t(b)] = steps.gate(m, packed, rows[b], a, active + rows[b].begin);
   });
   int64_t count = 0;
   for (int64_t b = 0; b < rows.count(); ++b) {
-    std::memmove(alive + count, alive + rows[b].begin, size_t(survivors[size_t(b)]) * sizeof(int32_t));
-    count += survivors[size_t(b)];
+    std::memmove(active + count, active + rows[b].begin, size_t(active_counts[size_t(b)]) * sizeof(int32_t));
+    count += active_counts[size_t(b)];
   }
 
   const int64_t blocks = std::min(kMaxPartials, ceil_div(count, neurons));
   for_blocks(pool, blocks, 2 * count * m.d * size, [&](int64_t b) {
     const int64_t begin = count * b / blocks, end = count * (b + 1) / blocks;
-    steps.up_down(m, packed, a, alive + begin, end - begin, partials + b * stride);
+    steps.up_down(m, packed, a, active + begin, end - begin, partials + b * stride);
   });
 
   const RowBlocks columns(chunks(m.d), blocks * m.n * kChunk * 4);
   for_blocks(pool, columns.count(), blocks * padded * 4,
-             [&](int64_t b) { steps.combine(m, partials, blocks, stride, columns[b]); });
+             [&](int64_t b) { steps.reduce_partials(m, partials, blocks, stride, columns[b]); });
 }
 
 void linear(const Linear& m, const Kernels& kernels, const Pool& pool) {
@@ -131,11 +131,11 @@ void linear(const Linear& m, const Kernels& kernels, const Pool& pool) {
              [&](int64_t b) { steps.linear(m, packed, rows[b]); });
 }
 
-uint64_t read(const void* data, int64_t bytes, const Kernels& kernels, const Pool& pool) {
+uint64_t read_checksum(const void* data, int64_t bytes, const Kernels& kernels, const Pool& pool) {
   std::atomic<uint64_t> total{0};
   constexpr int64_t each = kBlockBytes;
   for_blocks(pool, ceil_div(bytes, each), bytes, [&](int64_t b) {
-    total ^= kernels.read(static_cast<const char*>(data) + b * each, std::min(each, bytes - b * each));
+    total ^= kernels.read_checksum(static_cast<const char*>(data) + b * each, std::min(each, bytes - b * each));
   });
   return total;
 }

@@ -1,4 +1,4 @@
-"""The operators: arguments checked once for every kind of call, then the plan for it."""
+"""The operators on a GPU: arguments checked once for every kind of call, then the plan for it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,16 +8,16 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]
 
+from cats_llm.kernels.backend import FLOAT_DTYPES, MAX_DECODE_TOKENS
 from cats_llm.kernels.definition import ACTIVATIONS
-from cats_llm.kernels.gpu import config, launch, tuning
-from cats_llm.kernels.registry import MAX_DECODE_TOKENS
+from cats_llm.kernels.gpu import plans, tuning
+from cats_llm.kernels.gpu.config import Config, Tile, default, linear_tile, smaller
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_NEURONS = 1 << 20  # positions are multiplied by numbers of programs in 32 bits
+_MAX_NEURONS = 1 << 20  # positions are multiplied by numbers of programs in 32 bits
 
-_mlp_plans: dict[tuple[Any, ...], launch.MlpPlan] = {}
-_linear_plans: dict[tuple[Any, ...], launch.LinearPlan] = {}
-_product_plans: dict[tuple[Any, ...], launch.ProductPlan] = {}
+_mlp_plans: dict[tuple[Any, ...], plans.MlpPlan] = {}
+_linear_plans: dict[tuple[Any, ...], plans.LinearPlan] = {}
+_act_and_mul_plans: dict[tuple[Any, ...], plans.ActAndMulPlan] = {}
 
 
 def forget_plans() -> None:
@@ -36,20 +36,20 @@ def gated_mlp(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     sparsity: float = 0.0,
-    cut: config.Config | None = None,
+    config: Config | None = None,
 ) -> Tensor:
-    """See `operators.gated_mlp`. ``cut`` overrides tuning and defaults."""
+    """See `operators.gated_mlp`. ``config`` overrides tuning and defaults."""
     d = x.shape[-1] if x.dim() else 0
     tokens = x.numel() // d if d else 0
     if tokens > MAX_DECODE_TOKENS:
         parts = x.reshape(-1, d).split(MAX_DECODE_TOKENS)
-        weights = (w_gate, w_up, w_down, threshold, activation, b_gate, b_up, b_down, sparsity, cut)
+        weights = (w_gate, w_up, w_down, threshold, activation, b_gate, b_up, b_down, sparsity, config)
         return torch.cat([gated_mlp(part, *weights) for part in parts]).view(x.shape)
     x, threshold = x.contiguous(), threshold.contiguous()
     biases = tuple(b if b is None else b.contiguous() for b in (b_gate, b_up, b_down))
     tensors = (x, w_gate, w_up, w_down, threshold, *biases)
     key = (
-        tokens, x.device, tuning.bucket(sparsity), cut, activation,
+        tokens, x.device, tuning.bucket(sparsity), config, activation,
         *((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) if t is not None else None for t in tensors[1:]),
         x.shape[-1:], x.dtype, x.data_ptr() % 16,
     )  # fmt: skip
@@ -61,13 +61,13 @@ def gated_mlp(
     if tokens == 0:
         return torch.empty_like(x)
     f = w_gate.shape[0]
-    processors, shared_memory, pdl = _device_facts(x.device)
-    chosen: config.Config | None = cut or tuning.lookup(x.device, tokens, d, f, x.dtype, sparsity)
+    processors, shared_memory, pdl = device_facts(x.device)
+    chosen = config or tuning.lookup(x.device, tokens, d, f, x.dtype, sparsity)
     if chosen is None:
-        chosen = config.default(tokens, d, x.dtype.itemsize, sparsity**tokens, shared_memory)
+        chosen = default(tokens, d, x.dtype.itemsize, sparsity**tokens, shared_memory)
     strides = (_row_stride(w_gate), _row_stride(w_up), _row_stride(w_down.t()))
     while True:
-        plan = launch.MlpPlan(
+        plan = plans.MlpPlan(
             chosen, tokens, d, f, strides, x.dtype, activation, [b is not None for b in biases],
             threshold.numel() > 1, processors, pdl,
         )  # fmt: skip
@@ -75,10 +75,10 @@ def gated_mlp(
             with _on(x):
                 y = plan.run(x, w_gate, w_up, w_down, threshold, biases)
         except OutOfResources:
-            smaller = config.smaller(chosen)
-            if smaller is None or cut is not None:
+            less = smaller(chosen)
+            if less is None or config is not None:
                 raise
-            chosen = smaller
+            chosen = less
         else:
             _mlp_plans[key] = plan
             return y
@@ -104,17 +104,17 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         _check_vector("bias", bias, w.shape[0], x)
         if tokens == 0:
             return x.new_empty(*x.shape[:-1], w.shape[0])
-        tile = config.linear(d) if tokens == 1 else config.Tile(32, 64, 2, 4)
-        pdl = _device_facts(x.device)[2]
-        plan = launch.LinearPlan(tile, tokens, d, w.shape[0], _row_stride(w), bias is not None, pdl)
+        tile = linear_tile(d) if tokens == 1 else Tile(32, 64, 2, 4)
+        pdl = device_facts(x.device)[2]
+        plan = plans.LinearPlan(tile, tokens, d, w.shape[0], _row_stride(w), bias is not None, pdl)
         _linear_plans[key] = plan
     with _on(x):
         return plan.run(x, w, bias)
 
 
-def product(gate: Tensor, up: Tensor, threshold: Tensor, activation: str) -> Tensor:
-    """See `operators.product`."""
-    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device or gate.dtype not in _DTYPES:
+def act_and_mul(gate: Tensor, up: Tensor, threshold: Tensor, activation: str) -> Tensor:
+    """See `operators.act_and_mul`."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device or gate.dtype not in FLOAT_DTYPES:
         raise ValueError("cats_llm: gate and up must agree in shape, device and dtype (float32, bfloat16 or float16)")
     f = gate.shape[-1]
     _check_threshold(threshold, f, gate)
@@ -127,10 +127,10 @@ def product(gate: Tensor, up: Tensor, threshold: Tensor, activation: str) -> Ten
         f, a.stride(0), b.stride(0), gate.dtype, gate.device, threshold.numel(), activation,
         a.data_ptr() % 16, b.data_ptr() % 16, threshold.data_ptr() % 16,
     )  # fmt: skip
-    plan = _product_plans.get(key)
+    plan = _act_and_mul_plans.get(key)
     if plan is None:
-        plan = launch.ProductPlan(f, (a.stride(0), b.stride(0)), threshold.numel() > 1, activation)
-        _product_plans[key] = plan
+        plan = plans.ActAndMulPlan(f, (a.stride(0), b.stride(0)), threshold.numel() > 1, activation)
+        _act_and_mul_plans[key] = plan
     with _on(gate):
         return plan.run(a, b, threshold).view(gate.shape)
 
@@ -142,12 +142,12 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
-def _device_facts(device: torch.device) -> tuple[int, int, bool]:
+def device_facts(device: torch.device) -> tuple[int, int, bool]:
     """Multiprocessors, bytes of shared memory for a program, and whether launches may overlap."""
     if device.type != "cuda":  # Triton's interpreter
         return 2, 48 << 10, False
-    facts = torch.cuda.get_device_properties(device)
-    return facts.multi_processor_count, tuning.shared_memory(device), facts.major >= 9
+    facts: Any = torch.cuda.get_device_properties(device)
+    return facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9
 
 
 def _row_stride(w: Tensor) -> int:
@@ -163,11 +163,11 @@ def _check_mlp(
     activation: str,
     biases: tuple[Tensor | None, ...],
 ) -> None:
-    if x.dim() < 1 or x.shape[-1] == 0 or x.dtype not in _DTYPES:
+    if x.dim() < 1 or x.shape[-1] == 0 or x.dtype not in FLOAT_DTYPES:
         raise ValueError("cats_llm: x must be (..., d) in float32, bfloat16 or float16")
     d, f = x.shape[-1], w_gate.shape[0] if w_gate.dim() else 0
-    if not 0 < f <= _MOST_NEURONS:
-        raise ValueError(f"cats_llm: w_gate must have 1 to {_MOST_NEURONS} rows")
+    if not 0 < f <= _MAX_NEURONS:
+        raise ValueError(f"cats_llm: w_gate must have 1 to {_MAX_NEURONS} rows")
     _check_matrix("w_gate", w_gate, (f, d), x)
     _check_matrix("w_up", w_up, (f, d), x)
     if w_down.dim() != 2:

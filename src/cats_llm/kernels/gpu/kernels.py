@@ -45,10 +45,10 @@ def _at(workspace, OFFSET: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _row_dots(
-    x, w, rows, live, D: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, PAD: tl.constexpr,
+    x, w, rows, in_bounds, D: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, PAD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Dot products of rows of w (BLOCK_R of them, those that are live) with every token, float32 (BLOCK_R, PAD)."""
+    """Dot products of rows of w (BLOCK_R of them, those in bounds) with every token, float32 (BLOCK_R, PAD)."""
     row_starts = rows.to(tl.int64)[:, None] * STRIDE
     token = tl.arange(0, PAD)
     if TOKENS == 1:
@@ -58,9 +58,9 @@ def _row_dots(
     for start in tl.range(0, D, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         if D % BLOCK_K == 0:
-            mask = live[:, None]
+            mask = in_bounds[:, None]
         else:
-            mask = live[:, None] & (k < D)[None, :]
+            mask = in_bounds[:, None] & (k < D)[None, :]
         # read once a token: what other kernels share should stay in the L2 cache instead
         wk = tl.load(w + row_starts + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
         if TOKENS == 1:
@@ -84,47 +84,47 @@ def gate(
     x, w, bias, threshold, workspace,
     D: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, PER_NEURON: tl.constexpr, ACTIVATION: tl.constexpr,
-    ACTIVATIONS_AT: tl.constexpr, SURVIVORS_AT: tl.constexpr, COUNTS_AT: tl.constexpr,
+    ACTIVATIONS_AT: tl.constexpr, ACTIVE_AT: tl.constexpr, COUNTS_AT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Stage 1: gate products of BLOCK_R neurons, activation, threshold, and the list of the block's survivors."""
+    """Stage 1: gate products of BLOCK_R neurons, activation, threshold, and the list of the block's active neurons."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     dtype = x.dtype.element_ty
     block = tl.program_id(0)
     rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = rows < F
+    in_bounds = rows < F
     token = tl.arange(0, PAD)
-    z = _row_dots(x, w, rows, live, D, STRIDE, TOKENS, PAD, BLOCK_R, BLOCK_K, STAGES)
+    z = _row_dots(x, w, rows, in_bounds, D, STRIDE, TOKENS, PAD, BLOCK_R, BLOCK_K, STAGES)
     if HAS_BIAS:
-        z += tl.load(bias + rows, mask=live, other=0.0).to(tl.float32)[:, None]
+        z += tl.load(bias + rows, mask=in_bounds, other=0.0).to(tl.float32)[:, None]
     # the threshold is compared on the activation in float32 of the gate rounded to the model's dtype
     a = _activate(z.to(dtype).to(tl.float32), ACTIVATION)
     if PER_NEURON:
-        t = tl.load(threshold + rows, mask=live, other=0.0)[:, None]
+        t = tl.load(threshold + rows, mask=in_bounds, other=0.0)[:, None]
     else:
         t = tl.load(threshold)
     # written so that NaN is kept
     a = tl.where(tl.abs(a) < t, 0.0, a).to(dtype)
-    real = live[:, None] & (token < TOKENS)[None, :]
+    real = in_bounds[:, None] & (token < TOKENS)[None, :]
     tl.store(_at(workspace, ACTIVATIONS_AT, dtype) + token[None, :] * F + rows[:, None], a, mask=real)
-    needed = tl.max(((a != 0.0) & real).to(tl.int32), axis=1)
-    place = tl.cumsum(needed, axis=0) - needed
-    tl.store(_at(workspace, SURVIVORS_AT, tl.int32) + block * BLOCK_R + place, rows, mask=needed > 0)
-    tl.store(_at(workspace, COUNTS_AT, tl.int32) + block, tl.sum(needed, axis=0))
+    active = tl.max(((a != 0.0) & real).to(tl.int32), axis=1)
+    place = tl.cumsum(active, axis=0) - active
+    tl.store(_at(workspace, ACTIVE_AT, tl.int32) + block * BLOCK_R + place, rows, mask=active > 0)
+    tl.store(_at(workspace, COUNTS_AT, tl.int32) + block, tl.sum(active, axis=0))
 
 
 @triton.jit
 def _share(
-    workspace, SURVIVORS_AT: tl.constexpr, COUNTS_AT: tl.constexpr, ORDER_AT: tl.constexpr, TOTAL_AT: tl.constexpr,
+    workspace, ACTIVE_AT: tl.constexpr, COUNTS_AT: tl.constexpr, ORDER_AT: tl.constexpr, TOTAL_AT: tl.constexpr,
     GATE_BLOCK: tl.constexpr, GATE_BLOCKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
     PROGRAMS: tl.constexpr, SHARE_PAD: tl.constexpr,
 ):  # fmt: skip
-    """An equal share [first, last) of all survivors, which this program writes into the common list."""
+    """An equal share [first, last) of all active neurons, which this program writes into the common list."""
     program = tl.program_id(0)
     order = _at(workspace, ORDER_AT, tl.int32)
-    survivors = _at(workspace, SURVIVORS_AT, tl.int32)
+    active = _at(workspace, ACTIVE_AT, tl.int32)
     # ends of the gate blocks' shares of the common list, SPAN blocks a row
     block = tl.arange(0, SPANS * SPAN)
     counts = tl.load(_at(workspace, COUNTS_AT, tl.int32) + block, mask=block < GATE_BLOCKS, other=0)
@@ -144,9 +144,9 @@ def _share(
     passed = ends_there <= place[:, None]
     source = span * SPAN + tl.sum(passed.to(tl.int32), axis=1)
     before = tl.maximum(before, tl.max(tl.where(passed, ends_there, 0), axis=1))
-    found = place < last
-    neuron = tl.load(survivors + source * GATE_BLOCK + place - before, mask=found, other=0)
-    tl.store(order + place, neuron, mask=found)
+    in_share = place < last
+    neuron = tl.load(active + source * GATE_BLOCK + place - before, mask=in_share, other=0)
+    tl.store(order + place, neuron, mask=in_share)
     tl.debug_barrier()  # what other threads wrote is read below
     return first, last
 
@@ -156,13 +156,13 @@ def up(
     x, w, bias, workspace,
     D: tl.constexpr, F: tl.constexpr, STRIDE: tl.constexpr, TOKENS: tl.constexpr, PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ACTIVATIONS_AT: tl.constexpr, SURVIVORS_AT: tl.constexpr, COUNTS_AT: tl.constexpr,
+    ACTIVATIONS_AT: tl.constexpr, ACTIVE_AT: tl.constexpr, COUNTS_AT: tl.constexpr,
     ORDER_AT: tl.constexpr, TOTAL_AT: tl.constexpr, PRODUCTS_AT: tl.constexpr,
     GATE_BLOCK: tl.constexpr, GATE_BLOCKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
     PROGRAMS: tl.constexpr, SHARE_PAD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Stage 2: the up products of an equal share of the survivors, times their activations."""
+    """Stage 2: the up products of an equal share of the active neurons, times their activations."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -172,7 +172,7 @@ def up(
     products = _at(workspace, PRODUCTS_AT, dtype)
     first, last = _share(
         workspace,
-        SURVIVORS_AT,
+        ACTIVE_AT,
         COUNTS_AT,
         ORDER_AT,
         TOTAL_AT,
@@ -186,14 +186,14 @@ def up(
     token = tl.arange(0, PAD)
     for start in range(first, last, BLOCK_R):
         position = start + tl.arange(0, BLOCK_R)
-        live = position < last
-        rows = tl.load(order + position, mask=live, other=0)
-        z = _row_dots(x, w, rows, live, D, STRIDE, TOKENS, PAD, BLOCK_R, BLOCK_K, STAGES)
+        in_bounds = position < last
+        rows = tl.load(order + position, mask=in_bounds, other=0)
+        z = _row_dots(x, w, rows, in_bounds, D, STRIDE, TOKENS, PAD, BLOCK_R, BLOCK_K, STAGES)
         if HAS_BIAS:
-            z += tl.load(bias + rows, mask=live, other=0.0).to(tl.float32)[:, None]
-        real = live[:, None] & (token < TOKENS)[None, :]
+            z += tl.load(bias + rows, mask=in_bounds, other=0.0).to(tl.float32)[:, None]
+        real = in_bounds[:, None] & (token < TOKENS)[None, :]
         a = tl.load(activations + token[None, :] * F + rows[:, None], mask=real, other=0.0).to(tl.float32)
-        # a neuron that one token skips and another needs cannot show its infinities to the one
+        # a neuron that one token skips and another keeps cannot show its infinities to the one
         h = tl.where(a == 0.0, 0.0, a * z)
         tl.store(products + token[None, :] * F + position[:, None], h.to(dtype), mask=real)
 
@@ -205,7 +205,7 @@ def down(
     ORDER_AT: tl.constexpr, TOTAL_AT: tl.constexpr, PRODUCTS_AT: tl.constexpr, PARTIALS_AT: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Stage 3: a partial sum of BLOCK_K outputs, over an equal share of the survivors' rows of W_down."""
+    """Stage 3: a partial sum of BLOCK_K outputs, over an equal share of the active neurons' rows of W_down."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -227,17 +227,17 @@ def down(
         acc = tl.zeros((PAD, BLOCK_K), tl.float32)
     for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
         position = start + tl.arange(0, BLOCK_R)
-        live = position < last
-        rows = tl.load(order + position, mask=live, other=0).to(tl.int64)
+        in_bounds = position < last
+        rows = tl.load(order + position, mask=in_bounds, other=0).to(tl.int64)
         if D % BLOCK_K == 0:
-            wk = tl.load(w + rows[:, None] * STRIDE + k[None, :], mask=live[:, None], other=0.0)
+            wk = tl.load(w + rows[:, None] * STRIDE + k[None, :], mask=in_bounds[:, None], other=0.0)
         else:
-            wk = tl.load(w + rows[:, None] * STRIDE + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            wk = tl.load(w + rows[:, None] * STRIDE + k[None, :], mask=in_bounds[:, None] & inside[None, :], other=0.0)
         if TOKENS == 1:
-            h = tl.load(products + position, mask=live, other=0.0).to(tl.float32)
+            h = tl.load(products + position, mask=in_bounds, other=0.0).to(tl.float32)
             acc += h[:, None] * wk.to(tl.float32)
         else:
-            real = (token < TOKENS)[:, None] & live[None, :]
+            real = (token < TOKENS)[:, None] & in_bounds[None, :]
             h = tl.load(products + token[:, None] * F + position[None, :], mask=real, other=0.0)
             acc = _dot(h, wk, acc)
     if TOKENS == 1:
@@ -248,7 +248,7 @@ def down(
 
 
 @triton.jit
-def add(
+def reduce_partials(
     bias, y, workspace,
     D: tl.constexpr, TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, PARTIALS_AT: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -286,12 +286,12 @@ def linear(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = rows < F
+    in_bounds = rows < F
     token = tl.arange(0, PAD)
-    z = _row_dots(x, w, rows, live, D, STRIDE, TOKENS, PAD, BLOCK_R, BLOCK_K, STAGES)
+    z = _row_dots(x, w, rows, in_bounds, D, STRIDE, TOKENS, PAD, BLOCK_R, BLOCK_K, STAGES)
     if HAS_BIAS:
-        z += tl.load(bias + rows, mask=live, other=0.0).to(tl.float32)[:, None]
-    real = live[:, None] & (token < TOKENS)[None, :]
+        z += tl.load(bias + rows, mask=in_bounds, other=0.0).to(tl.float32)[:, None]
+    real = in_bounds[:, None] & (token < TOKENS)[None, :]
     tl.store(y + token[None, :] * F + rows[:, None], z.to(y.dtype.element_ty), mask=real)
 
 
@@ -300,13 +300,13 @@ def up_down(
     x, w_up, w_down, b_up, workspace,
     D: tl.constexpr, D_PAD: tl.constexpr, F: tl.constexpr, UP_STRIDE: tl.constexpr, DOWN_STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ACTIVATIONS_AT: tl.constexpr, SURVIVORS_AT: tl.constexpr, COUNTS_AT: tl.constexpr, ORDER_AT: tl.constexpr,
+    ACTIVATIONS_AT: tl.constexpr, ACTIVE_AT: tl.constexpr, COUNTS_AT: tl.constexpr, ORDER_AT: tl.constexpr,
     TOTAL_AT: tl.constexpr, PARTIALS_AT: tl.constexpr,
     GATE_BLOCK: tl.constexpr, GATE_BLOCKS: tl.constexpr, SPANS: tl.constexpr, SPAN: tl.constexpr,
     PROGRAMS: tl.constexpr, SHARE_PAD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Stages 2 and 3 in one for one token: whole rows of both matrices for an equal share of the survivors."""
+    """Stages 2 and 3 in one for one token: whole rows of both matrices for an equal share of the active neurons."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -315,7 +315,7 @@ def up_down(
     order = _at(workspace, ORDER_AT, tl.int32)
     first, last = _share(
         workspace,
-        SURVIVORS_AT,
+        ACTIVE_AT,
         COUNTS_AT,
         ORDER_AT,
         TOTAL_AT,
@@ -332,19 +332,19 @@ def up_down(
     acc = tl.zeros((BLOCK_R, D_PAD), tl.float32)
     for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
         position = start + tl.arange(0, BLOCK_R)
-        live = position < last
-        rows = tl.load(order + position, mask=live, other=0)
-        a = tl.load(activations + rows, mask=live, other=0.0).to(tl.float32)
+        in_bounds = position < last
+        rows = tl.load(order + position, mask=in_bounds, other=0)
+        a = tl.load(activations + rows, mask=in_bounds, other=0.0).to(tl.float32)
         if D == D_PAD:
-            mask = live[:, None]
+            mask = in_bounds[:, None]
         else:
-            mask = live[:, None] & inside[None, :]
+            mask = in_bounds[:, None] & inside[None, :]
         row_starts = rows.to(tl.int64)[:, None]
         up_rows = tl.load(w_up + row_starts * UP_STRIDE + k[None, :], mask=mask, other=0.0)
         down_rows = tl.load(w_down + row_starts * DOWN_STRIDE + k[None, :], mask=mask, other=0.0)
         z = tl.sum(up_rows.to(tl.float32) * xk[None, :], axis=1)
         if HAS_BIAS:
-            z += tl.load(b_up + rows, mask=live, other=0.0).to(tl.float32)
+            z += tl.load(b_up + rows, mask=in_bounds, other=0.0).to(tl.float32)
         h = (a * z).to(dtype).to(tl.float32)
         acc += h[:, None] * down_rows.to(tl.float32)
     partials = _at(workspace, PARTIALS_AT, tl.float32) + tl.program_id(0) * D
@@ -352,7 +352,7 @@ def up_down(
 
 
 @triton.jit
-def product(
+def act_and_mul(
     gate, up, threshold, h,
     F: tl.constexpr, GATE_STRIDE: tl.constexpr, UP_STRIDE: tl.constexpr,
     PER_NEURON: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -1,4 +1,4 @@
-"""Launching: a plan for every kind of call, made once, so that a call costs three launches and two allocations."""
+"""A plan for every kind of call, made once, so that a call costs three launches and two allocations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cats_llm.kernels.gpu import stages
-from cats_llm.kernels.gpu.config import Config, OneToken, Tile, power_of_two
+from cats_llm.kernels.gpu import kernels
+from cats_llm.kernels.gpu.config import Config, GemvConfig, Tile, power_of_two
 
 # where vector accesses may begin
 _ALIGNMENT = 16
@@ -30,8 +30,8 @@ class Launch:
     def of_tile(cls, kernel: Any, grid: tuple[int, int, int], tile: Tile, pdl: bool, **constants: Any) -> "Launch":
         """A kernel that works by tiles."""
         options = {"num_warps": tile.warps} | ({"launch_pdl": True} if pdl else {})
-        cut = {"BLOCK_R": tile.rows, "BLOCK_K": tile.columns, "STAGES": tile.stages, "PDL": pdl}
-        return cls(kernel, grid, options, **constants, **cut)
+        sizes = {"BLOCK_R": tile.rows, "BLOCK_K": tile.columns, "STAGES": tile.stages, "PDL": pdl}
+        return cls(kernel, grid, options, **constants, **sizes)
 
     def __call__(self, *pointers: Tensor | None) -> None:
         """Launch on the current stream."""
@@ -53,7 +53,7 @@ class Launch:
 
 
 class _Workspace:
-    """Places for what the stages hand on, in one allocation."""
+    """Places for what the kernels hand on, in one allocation."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -68,7 +68,7 @@ class MlpPlan:
     """The launches of a sparse MLP for tensors of given shapes, strides, dtype and alignment.
 
     Args:
-        config: the cut.
+        config: the tiles.
         tokens: 1 to 16.
         d, f: hidden and intermediate size.
         strides: elements between rows of w_gate, w_up and w_down.t().
@@ -98,15 +98,15 @@ class MlpPlan:
         blocks = -(-f // config.gate.rows)
         handed = {
             "ACTIVATIONS_AT": workspace.place(tokens * f, dtype.itemsize),
-            "SURVIVORS_AT": workspace.place(blocks * config.gate.rows, 4),
+            "ACTIVE_AT": workspace.place(blocks * config.gate.rows, 4),
             "COUNTS_AT": workspace.place(blocks, 4),
         }
         shape = {"D": d, "F": f, "TOKENS": tokens, "PAD": 1 if tokens == 1 else 16}
         self.gate = Launch.of_tile(
-            stages.gate, (blocks, 1, 1), config.gate, pdl, **shape, **handed, STRIDE=strides[0], HAS_BIAS=biases[0],
+            kernels.gate, (blocks, 1, 1), config.gate, pdl, **shape, **handed, STRIDE=strides[0], HAS_BIAS=biases[0],
             PER_NEURON=per_neuron, ACTIVATION=activation,
         )  # fmt: skip
-        tile = config.up_down if isinstance(config, OneToken) else config.up
+        tile = config.up_down if isinstance(config, GemvConfig) else config.up
         programs = max(1, min(tile.programs * processors, f))
         spans = 1 << (power_of_two(blocks).bit_length() // 2)
         handed |= {"ORDER_AT": workspace.place(f, 4), "TOTAL_AT": workspace.place(1, 4)}
@@ -119,11 +119,11 @@ class MlpPlan:
             "SHARE_PAD": power_of_two(-(-f // programs)),
         }
         self.up_down: Launch | None = None
-        if isinstance(config, OneToken):
+        if isinstance(config, GemvConfig):
             parts = programs
             partials_at = workspace.place(parts * d, 4)
             self.up_down = Launch.of_tile(
-                stages.up_down, (programs, 1, 1), tile, pdl, D=d, D_PAD=power_of_two(d), F=f, UP_STRIDE=strides[1],
+                kernels.up_down, (programs, 1, 1), tile, pdl, D=d, D_PAD=power_of_two(d), F=f, UP_STRIDE=strides[1],
                 DOWN_STRIDE=strides[2], HAS_BIAS=biases[1], PARTIALS_AT=partials_at, **handed, **shares,
             )  # fmt: skip
         else:
@@ -132,18 +132,19 @@ class MlpPlan:
             products_at = workspace.place(tokens * f, dtype.itemsize)
             partials_at = workspace.place(parts * tokens * d, 4)
             self.up = Launch.of_tile(
-                stages.up, (programs, 1, 1), tile, pdl, **shape, **handed, **shares, STRIDE=strides[1],
+                kernels.up, (programs, 1, 1), tile, pdl, **shape, **handed, **shares, STRIDE=strides[1],
                 HAS_BIAS=biases[1], PRODUCTS_AT=products_at,
             )  # fmt: skip
             self.down = Launch.of_tile(
-                stages.down, (columns, parts, 1), config.down, pdl, **shape, STRIDE=strides[2], PRODUCTS_AT=products_at,
-                ORDER_AT=handed["ORDER_AT"], TOTAL_AT=handed["TOTAL_AT"], PARTIALS_AT=partials_at, SPLITS=parts,
+                kernels.down, (columns, parts, 1), config.down, pdl, **shape, STRIDE=strides[2],
+                ORDER_AT=handed["ORDER_AT"], TOTAL_AT=handed["TOTAL_AT"], PRODUCTS_AT=products_at,
+                PARTIALS_AT=partials_at, SPLITS=parts,
             )  # fmt: skip
         outputs = tokens * d
         tile = Tile(rows=16, columns=16, warps=2, stages=1) if outputs <= 8192 else Tile(16, 64, 4, 1)
-        self.add = Launch.of_tile(
-            stages.add, (-(-outputs // tile.columns), 1, 1), tile, pdl, D=d, TOKENS=tokens, HAS_BIAS=biases[2],
-            PARTIALS_AT=partials_at, PARTS=parts,
+        self.reduce_partials = Launch.of_tile(
+            kernels.reduce_partials, (-(-outputs // tile.columns), 1, 1), tile, pdl, D=d, TOKENS=tokens,
+            HAS_BIAS=biases[2], PARTIALS_AT=partials_at, PARTS=parts,
         )  # fmt: skip
         self.bytes = workspace.bytes
 
@@ -165,7 +166,7 @@ class MlpPlan:
         else:
             self.up(x, w_up, biases[1], workspace)
             self.down(w_down, workspace, y)
-        self.add(biases[2], y, workspace)
+        self.reduce_partials(biases[2], y, workspace)
         return y
 
 
@@ -175,7 +176,7 @@ class LinearPlan:
     def __init__(self, tile: Tile, tokens: int, d: int, f: int, stride: int, bias: bool, pdl: bool) -> None:
         self.outputs = f
         self.launch = Launch.of_tile(
-            stages.linear, (-(-f // tile.rows), 1, 1), tile, pdl, D=d, F=f, STRIDE=stride, TOKENS=tokens,
+            kernels.linear, (-(-f // tile.rows), 1, 1), tile, pdl, D=d, F=f, STRIDE=stride, TOKENS=tokens,
             PAD=1 if tokens == 1 else 16, HAS_BIAS=bias,
         )  # fmt: skip
 
@@ -186,14 +187,14 @@ class LinearPlan:
         return y
 
 
-class ProductPlan:
-    """The launch of `stages.product` for (n, f) matrices of given strides, dtype and alignment, and any n."""
+class ActAndMulPlan:
+    """The launch of `kernels.act_and_mul` for (n, f) matrices of given strides, dtype and alignment, and any n."""
 
     def __init__(self, f: int, strides: Sequence[int], per_neuron: bool, activation: str) -> None:
         block = min(2048, power_of_two(f))
         self.blocks = -(-f // block)
         self.launch = Launch(
-            stages.product, (1, self.blocks, 1), {"num_warps": max(1, block // 256)}, F=f, GATE_STRIDE=strides[0],
+            kernels.act_and_mul, (1, self.blocks, 1), {"num_warps": max(1, block // 256)}, F=f, GATE_STRIDE=strides[0],
             UP_STRIDE=strides[1], PER_NEURON=per_neuron, ACTIVATION=activation, BLOCK_K=block,
         )  # fmt: skip
         self._rows = 1

@@ -6,13 +6,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cats_llm.kernels import gpu
+from cats_llm.kernels.backends import backend_of
 
-Self = TypeVar("Self", bound="ExactVectors")
+Self = TypeVar("Self", bound="Float32Buffers")
 
 
-class ExactVectors(nn.Module):
-    """The part of `SparseMLP` that holds its vectors. They follow the model to its device, but never to its dtype.
+class Float32Buffers(nn.Module):
+    """The part of `SparseMLP` that holds its own tensors. They follow the model to its device, but never to its dtype.
 
     Attributes:
         threshold: float32, () or (f,); not part of the state dict.
@@ -45,7 +45,7 @@ class ExactVectors(nn.Module):
         self._set_buffer("_cast", None)
 
     @torch.no_grad()
-    def set_vectors(self, threshold: Tensor, compensation: Tensor | None = None, score: float | None = None) -> None:
+    def set_tensors(self, threshold: Tensor, compensation: Tensor | None = None, score: float | None = None) -> None:
         """Take other thresholds and another compensation; in place where shapes stay, so that captured graphs see it.
 
         Args:
@@ -72,8 +72,7 @@ class ExactVectors(nn.Module):
         cast = getattr(self, "_cast", None)
         if cast is None or not _fits(cast, y):
             cast = self.compensation.to(y.device, y.dtype)
-            graph = gpu.in_graph() if y.is_cuda else torch.compiler.is_compiling()
-            if not graph and _fits(cast, self.down_linear.weight):
+            if not backend_of(y.device).in_graph() and _fits(cast, self.down_linear.weight):
                 self._keep_cast()
         return cast
 
