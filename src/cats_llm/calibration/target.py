@@ -11,8 +11,8 @@ from cats_llm.calibration.scores import SCORES
 from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.checkpoint.coverage import Coverage
 from cats_llm.errors import CatsError
-from cats_llm.model.weight_traffic import bytes_per_token
 from cats_llm.model.structure import find_gated_mlps
+from cats_llm.model.weight_traffic import bytes_per_token
 from cats_llm.options import Panel, option
 
 AUTO = "auto"
