@@ -1,12 +1,44 @@
 """Several processes that share the work, as `accelerate launch` or `torchrun` start them."""
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from cats_llm.errors import CatsError
+
 Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+def join(device: str | None) -> str | None:
+    """Join the processes of `accelerate launch` or `torchrun`, if there are several.
+
+    Args:
+        device: that the user asked for.
+
+    Returns:
+        The device of this process; as given where it is alone.
+
+    Raises:
+        CatsError: one model was to be spread over all GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device == "auto":
+        raise CatsError("--device auto spreads one model over all GPUs; it cannot be used with several processes.")
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return device or str(state.device)
+
+
+def share(items: Iterable[Item]) -> Iterator[Item]:
+    """Of what all of n processes have, what this one works on: every n-th."""
+    return islice(items, rank(), None, world_size())
 
 
 def rank() -> int:

@@ -12,11 +12,13 @@ import typer
 from rich.text import Text
 
 from cats_llm import bundled
+from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
+from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.write import write_checkpoint
-from cats_llm.cli import calibrate, evaluate, options
-from cats_llm.cli.output import percent, quiet_libraries, show, table
+from cats_llm.cli import evaluate, options
+from cats_llm.cli.output import percent, quiet_libraries, show, table, track
 from cats_llm.continuation import continue_prompt
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import Evaluation
@@ -71,16 +73,11 @@ def command(
     source = str(bundled.model_path())
     dense = load_model(source, dtype, device)
     tokenizer = load_tokenizer(source)
-    profile = calibrate.run(
-        # a seed, so that all of the books are drawn from
-        dense,
-        tokenizer,
-        str(bundled.calibration_text()),
-        samples=samples,
-        length=_SEQ_LENGTH,
-        batch_size=8,
-        seed=0,
-    )
+    # a seed, so that all of the books are drawn from
+    sampling = Sampling(samples, _SEQ_LENGTH, batch_size=8, seed=0)
+    text = str(bundled.calibration_text())
+    batches = track(sampling.batches(text, tokenizer, dense), "calibrating", sampling.most_batches())
+    profile = calibrate(dense, batches, text, tokenizer)
     texts: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
     runs = [_run("dense", None, dense, None, tokenizer, texts, samples, max_new_tokens)]
     with write_folder(out, force) as folder:

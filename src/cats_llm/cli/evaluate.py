@@ -167,7 +167,7 @@ def command(
     methods = _names(method)
     coverage = Coverage(dense_prefill, dense_first_tokens, last_fraction)
     quiet_libraries()
-    device = _join_processes(device)
+    device = distributed.join(device)
     loaded_profile = Profile.load(profile) if profile is not None else None
     _check_held_out(calibration or (loaded_profile.record.get("data") if loaded_profile else None), text or [], split)
     rows = RowFormat(text_column, dataset_config, split)
@@ -219,18 +219,6 @@ def command(
         if json is not None:
             write_json(json, result, force)
         _show(result)
-
-
-def _join_processes(device: str | None) -> str | None:
-    """Join the processes of `accelerate launch` or `torchrun`, if there are several; the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device
-    from accelerate import PartialState
-
-    if device == "auto":
-        raise CatsError("--device auto spreads one model over all GPUs; it cannot be used with several processes.")
-    state = PartialState(cpu=device == "cpu")
-    return device or str(state.device)
 
 
 def _check_held_out(calibration: str | None, texts: list[str], split: str) -> None:

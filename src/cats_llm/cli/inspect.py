@@ -5,9 +5,10 @@ from typing import Annotated, Any
 import typer
 
 from cats_llm import bundled
+from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.vectors import FILE
-from cats_llm.cli import calibrate, options
+from cats_llm.cli import options
 from cats_llm.cli.output import percent, quiet_libraries, show, size, table, track
 from cats_llm.evaluation.sparsity import measure_sparsity
 from cats_llm.integrations.transformers import load_vectors
@@ -60,7 +61,7 @@ def command(
         loaded = load_model(model, dtype, device, revision, trust_remote_code)
         tokenizer = load_tokenizer(model, revision, trust_remote_code)
         source = text or str(bundled.heldout_text())
-        batches = calibrate.load_batches(loaded, tokenizer, source, samples=samples, length=seq_length, batch_size=4)
+        batches = list(Sampling(samples, seq_length).batches(source, tokenizer, loaded))
         measured = measure_sparsity(loaded, track(batches, "measuring"))
     facts = _facts(skeleton, config, measured)
     if json is not None:

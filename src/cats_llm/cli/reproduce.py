@@ -14,9 +14,11 @@ from cats_llm.benchmark import machine
 from cats_llm.benchmark.decode import bench_decode
 from cats_llm.benchmark.mlp import bench_mlp
 from cats_llm.benchmark.shapes import parse_shape
+from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
-from cats_llm.cli import calibrate, evaluate, options, report, reproduce_finetuning
-from cats_llm.cli.output import quiet_libraries, show, table
+from cats_llm.calibration.sampling import Sampling
+from cats_llm.cli import evaluate, options, report, reproduce_finetuning
+from cats_llm.cli.output import quiet_libraries, show, table, track
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.cache import Cache
 from cats_llm.evaluation.methods import make_variants, method
@@ -203,15 +205,10 @@ class _Run:
             profile.check_model(model)
         else:
             rows = RowFormat(calibration.text_column, calibration.dataset_config, calibration.split)
-            profile = calibrate.run(
-                model,
-                tokenizer,
-                TextSource(calibration.data, rows),
-                samples=calibration.samples,
-                length=calibration.seq_length,
-                batch_size=self.batch_size,
-                seed=calibration.seed,
-            )
+            sampling = Sampling(calibration.samples, calibration.seq_length, self.batch_size, calibration.seed)
+            batches = sampling.batches(TextSource(calibration.data, rows), tokenizer, model)
+            tracked = track(batches, "calibrating", sampling.most_batches())
+            profile = calibrate(model, tracked, calibration.data, tokenizer)
         if self.out is not None:
             # now, and not after hours of evaluation
             profile.save(self.out / _PROFILE, force=True)

@@ -1,19 +1,20 @@
 """`cats sparsify`: a CATS checkpoint from a dense one."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cats_llm.calibration.profile import Profile
+from cats_llm.calibration.sampling import Sampling
 from cats_llm.calibration.search import Choice, find_config
 from cats_llm.calibration.target import SparsityTarget
 from cats_llm.checkpoint.tensors import check_tensors
 from cats_llm.checkpoint.write import check_source, write_checkpoint
-from cats_llm.cli import calibrate, options
-from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, show_left_out, table
+from cats_llm.cli import options
+from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, show_left_out, table, track
 from cats_llm.cli.signature import with_options
-from cats_llm.loading import checkpoint_folder, load_model, load_skeleton, load_tokenizer
+from cats_llm.loading import ModelSource
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.weight_traffic import sparsity_of
@@ -27,24 +28,15 @@ def add_to(app: typer.Typer) -> None:
 
 
 def command(
-    model: options.Model,
+    source: ModelSource,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
     target: SparsityTarget,
+    sampling: Sampling,
+    rows: RowFormat,
     profile: Annotated[
         Path | None, typer.Option(help="From cats calibrate; then no text is needed.", show_default=False)
     ] = None,
     data: options.CalibrationText = None,
-    samples: calibrate.Samples = 256,
-    seq_length: options.SeqLength = 1024,
-    batch_size: options.BatchSize = 4,
-    text_column: options.TextColumn = "text",
-    dataset_config: options.DatasetConfig = None,
-    split: options.Split = "train",
-    seed: options.Seed = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
     json: options.JsonFile = None,
     force: options.Force = False,
 ) -> None:
@@ -63,12 +55,12 @@ def command(
             check_output(path, force)
     quiet_libraries()
     # before gigabytes of weights are read
-    skeleton = load_skeleton(model, revision, trust_remote_code)
+    skeleton = source.skeleton()
     check_reads_text(skeleton)
     find_gated_mlps(skeleton)
-    source = checkpoint_folder(model, revision)
-    check_source(source, out)
-    unused = check_tensors(skeleton, source)
+    folder = source.folder()
+    check_source(folder, out)
+    unused = check_tensors(skeleton, folder)
     if unused:
         names = f"{unused[0]}{', ...' * (len(unused) > 1)}"
         show(f"copied, but no part of the model that config.json describes: {len(unused)} weights ({names})")
@@ -77,18 +69,16 @@ def command(
     if profile is not None:
         choice = find_config(skeleton, Profile.load(profile), target)
     else:
-        dense = load_model(model, dtype, device, revision, trust_remote_code)
-        tokenizer = load_tokenizer(model, revision, trust_remote_code)
-        text = TextSource(str(data), RowFormat(text_column, dataset_config, split))
-        drawing: dict[str, Any] = {"samples": samples, "length": seq_length, "batch_size": batch_size, "seed": seed}
+        model, tokenizer = source.load(), source.tokenizer()
+        batches = sampling.batches(TextSource(str(data), rows), tokenizer, model)
         if target.profile_is_enough:
-            choice = find_config(dense, calibrate.run(dense, tokenizer, text, **drawing), target)
+            batches = track(batches, "calibrating", sampling.most_batches())
+            choice = find_config(model, batches, target, data=data, tokenizer=tokenizer)
         else:
-            batches = calibrate.load_batches(dense, tokenizer, text, **drawing)
             with progress_console.status("calibrating") as status:
-                choice = find_config(dense, batches, target, data=data, notify=status.update)
+                choice = find_config(model, batches, target, data=data, tokenizer=tokenizer, notify=status.update)
     config = choice.config
-    written = write_checkpoint(source, out, config, force)
+    written = write_checkpoint(folder, out, config, force)
     achieved = sparsity_of(skeleton, config.layer_sparsity)
     if choice.measured:
         _show_measured(choice, by_divergence=target.max_perplexity_increase is None)
