@@ -26,7 +26,7 @@ from cats_llm.calibration.distill import Distillation
 from cats_llm.calibration.search import find_config
 from cats_llm.calibration.target import SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.vectors import FILE, write_vectors
+from cats_llm.checkpoint.layer_tensors import FILE, write_layer_tensors
 from cats_llm.evaluation.cache import Cache
 from cats_llm.evaluation.methods import Variant, make_variants
 from cats_llm.evaluation.perplexity import PerplexityTask
@@ -102,7 +102,7 @@ class Fits:
         folder.mkdir(parents=True)
         write_json(folder / "config.json", config.to_dict())
         if config.vectors is not None:
-            write_vectors(folder, config.vectors)
+            write_layer_tensors(folder, config.vectors)
         print(f"fitted {name} at {k:g}, draw {draw}: {config.calibration['seconds']} s", flush=True)
         return config
 

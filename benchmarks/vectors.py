@@ -22,9 +22,9 @@ from cats_llm.benchmark.models import MLPs, copy_sharing_weights
 from cats_llm.benchmark.shapes import SHAPES
 from cats_llm.benchmark.timing import Spread, ratio, take_turns
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.checkpoint.layer_tensors import LayerTensors
+from cats_llm.model.sparsify import sparsify
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import sparsify
 from cats_llm.outputs import write_json
 
 _LAYERS = 8
@@ -50,7 +50,7 @@ def measure(shape: str, dtype: torch.dtype, k: float, tokens: int, rounds: int, 
                 "thresholds": torch.full((SHAPES[shape].intermediate_size,), t),
                 "compensation": torch.randn(SHAPES[shape].hidden_size),
             }
-            vectors[layer] = LayerVectors(**{part: made[part] for part in parts})
+            vectors[layer] = LayerTensors(**{part: made[part] for part in parts})
         config = CatsConfig(
             dict(enumerate(thresholds)), k, dict.fromkeys(range(_LAYERS), k), vectors=vectors if parts else None
         )

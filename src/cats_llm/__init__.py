@@ -9,27 +9,28 @@ from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.fit import fit
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.coverage import Coverage
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.checkpoint.layer_tensors import LayerTensors
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_decode
 from cats_llm.integrations.transformers import register
+from cats_llm.model.contexts import as_dense
 from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.sparsify import densify, sparse_mlps, sparsify, thresholds
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import dense_function, densify, sparse_mlps, sparsify, thresholds
 from cats_llm.versions import __version__ as __version__
 
 __all__ = [
     "CatsConfig",
     "CatsError",
-    "Coverage",
     "Criterion",
-    "LayerVectors",
+    "LayerTensors",
     "Profile",
     "SparseMLP",
+    "TokenPolicy",
+    "as_dense",
     "calibrate",
-    "dense_function",
     "densify",
     "find_gated_mlps",
     "fit",

@@ -18,7 +18,7 @@ from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
 from cats_llm.checkpoint.tensors import check_keys
 from cats_llm.errors import CatsError, first_line
 from cats_llm.model.architecture import build_skeleton, model_class
-from cats_llm.model.surgery import thresholds
+from cats_llm.model.sparsify import thresholds
 from cats_llm.options import Panel, option
 
 logger = logging.getLogger(__name__)

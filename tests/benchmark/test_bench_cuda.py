@@ -21,8 +21,8 @@ from cats_llm.benchmark.models import MLPs, copy_sharing_weights, random_model
 from cats_llm.benchmark.rows import as_text, cuda_decode_table, cuda_mlp_table, speed
 from cats_llm.benchmark.shapes import SHAPES, Shape
 from cats_llm.cli.main import main
+from cats_llm.model.sparsify import sparse_mlps, thresholds
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import sparse_mlps, thresholds
 from cats_llm.report.bench import latency, read_bench, throughput, write_figure
 from cats_llm.report.collection import Collection
 from cats_llm.report.page import render_page

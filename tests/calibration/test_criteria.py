@@ -15,13 +15,13 @@ import vectors
 from cats_llm.calibration.allocation import least_cost
 from cats_llm.calibration.criterion import CANDIDATES, PARTS, Criterion
 from cats_llm.calibration.distill import Distillation
+from cats_llm.calibration.divergence import log_perplexity, logits_of, mean_divergence
 from cats_llm.calibration.fit import fit
-from cats_llm.calibration.predictions import log_perplexity, logits_of, mean_divergence
 from cats_llm.calibration.scores import SCORES
 from cats_llm.calibration.search import find_config, split
 from cats_llm.calibration.statistics import BINS, LayerStatistics
 from cats_llm.calibration.target import AUTO, SparsityTarget, sparsity_for_bytes
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.methods import make_variants, method
 from cats_llm.model.structure import find_gated_mlps
@@ -365,7 +365,7 @@ def test_predictions_of_padding_do_not_count(llama):
 def test_first_tokens_that_stay_dense_are_left_out(llama):
     """The dense tokens of a sequence may be anything: neither thresholds nor compensation see them."""
     ids = torch.cat(TEXT)
-    config = fit(llama.dense_copy(), [ids], 0.5, Criterion.parse("cats+compensate"), coverage=Coverage(False, 8))
+    config = fit(llama.dense_copy(), [ids], 0.5, Criterion.parse("cats+compensate"), coverage=TokenPolicy(False, 8))
     assert config.coverage.dense_first_tokens == 8
     assert config.calibration["tokens"] == ids[:, 8:].numel()
     mlp, x = inputs_of(llama, cats_llm.CatsConfig({0: 0.0, 1: 0.0}), 0, ids)
@@ -503,7 +503,7 @@ def test_auto_takes_what_measures_best_on_text_held_back(llama):
 
 def test_a_profile_is_enough_for_the_papers_criterion(llama):
     profile = cats_llm.calibrate(llama.dense_copy(), TEXT)
-    policy = Coverage(dense_prefill=True)
+    policy = TokenPolicy(dense_prefill=True)
     config = find_config(llama.dense, profile, SparsityTarget(sparsity=0.4, coverage=policy)).config
     assert config == profile.config(0.4).with_coverage(policy)
     by_text = find_config(llama.dense_copy(), TEXT, SparsityTarget(sparsity=0.4)).config

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import cats_llm
-from cats_llm import CatsConfig, CatsError, LayerVectors
+from cats_llm import CatsConfig, CatsError, LayerTensors
 from cats_llm.checkpoint.json_text import remove_entry, set_entry
 from cats_llm.checkpoint.write import write_checkpoint, write_dense_checkpoint
 from cats_llm.cli.main import main
-from cats_llm.model.surgery import relufy
+from cats_llm.model.relufy import relufy
 from families import logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VECTORS = {0: LayerVectors(compensation=torch.ones(64))}
+VECTORS = {0: LayerTensors(compensation=torch.ones(64))}
 CONFIGS = {"plain": CatsConfig({0: 0.1, 1: 0.2}, 0.5), "vectors": CatsConfig({0: 0.1, 1: 0.2}, vectors=VECTORS)}
 
 

@@ -425,7 +425,7 @@ class TestTensors:
 
     def test_the_command_checks_before_it_calibrates(self, folder, tmp_path, capsys, monkeypatch):
         self.rename(folder, lambda name: "module." + name)
-        monkeypatch.setattr("cats_llm.cli.sparsify.load_model", lambda *_: pytest.fail("the model is loaded first"))
+        monkeypatch.setattr("cats_llm.loading.load_model", lambda *_: pytest.fail("the model is loaded first"))
         text = str(bundled.calibration_text())
         assert main(["sparsify", str(folder), str(tmp_path / "out"), "--sparsity", "0.5", "--data", text]) == 1
         assert "take 'module.' off the names" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from cats_llm import CatsConfig, bundled
 from cats_llm.benchmark.decode import bench_decode
 from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.shapes import Shape
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.checkpoint.write import write_checkpoint
 from cats_llm.cli.main import main
 from cats_llm.evaluation.cache import Cache, digest_model
@@ -35,7 +35,7 @@ def with_vectors(model, profile):
     for mlp in cats_llm.find_gated_mlps(model)[:-1]:
         spread = 0.5 + torch.rand(mlp.intermediate_size, generator=generator)
         compensation = torch.randn(mlp.hidden_size, generator=generator) / 50
-        vectors[mlp.layer] = LayerVectors(config.thresholds[mlp.layer] * spread, compensation)
+        vectors[mlp.layer] = LayerTensors(config.thresholds[mlp.layer] * spread, compensation)
     return CatsConfig(**config.to_dict(), criterion={"name": "norm", "power": 2}, vectors=vectors)
 
 
@@ -153,7 +153,7 @@ def test_calibration_of_a_model_with_vectors_is_that_of_its_dense_one(llama):
 
 def test_bytes_of_some_vectors(llama):
     plain = bytes_per_token(llama.dense, {})
-    vectors = {1: LayerVectors(compensation=torch.ones(64))}
+    vectors = {1: LayerTensors(compensation=torch.ones(64))}
     assert bytes_per_token(llama.dense, {}, vectors).sparse == plain.sparse + 4 * 64
     assert bytes_per_token(llama.dense_copy().bfloat16(), {}, vectors).sparse == plain.dense // 2 + 2 * 64
     assert bytes_per_token(llama.dense, {}, vectors).dense == plain.dense
@@ -175,7 +175,7 @@ def test_bench_decode_runs_and_counts_vectors():
 
         def config(self, sparsity):
             config = self.profile.config(sparsity)
-            vectors = {0: LayerVectors(torch.full((96,), config.thresholds[0]), torch.zeros(64))}
+            vectors = {0: LayerTensors(torch.full((96,), config.thresholds[0]), torch.zeros(64))}
             return CatsConfig(**config.to_dict(), vectors=vectors)
 
     row = bench_decode(model, [0.5], WithVectors(model), tokens=3, rounds=1)["rows"][-1]

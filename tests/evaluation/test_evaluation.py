@@ -18,7 +18,7 @@ from scipy import stats
 import cats_llm
 import families
 from cats_llm import bundled
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.cli.main import main
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import Cache, digest_model, digest_tokenizer
@@ -159,7 +159,7 @@ def test_relu_is_the_model_with_another_activation(model, tokenizer, profile):
 def test_the_model_is_left_as_it_was(cases, tokenizer, profile, before):
     model = load_model(str(bundled.model_path()), "float32", "cpu")
     if before == "sparse":
-        cats_llm.sparsify(model, profile.config(0.7).with_coverage(Coverage(dense_first_tokens=2)))
+        cats_llm.sparsify(model, profile.config(0.7).with_coverage(TokenPolicy(dense_first_tokens=2)))
     digest, logits = digest_model(model), families.logits(model, torch.arange(64)[None])
     classes = [type(module) for module in model.modules()]
     run_evaluation(model, tokenizer, make_variants(model, ["cats", "relu"], [0.5], profile), [task()])
@@ -169,13 +169,13 @@ def test_the_model_is_left_as_it_was(cases, tokenizer, profile, before):
 
 
 def test_coverage_is_in_the_result(model, tokenizer, profile):
-    variants = make_variants(model, ["cats", "relu"], [0.5], profile, Coverage(dense_first_tokens=32))
+    variants = make_variants(model, ["cats", "relu"], [0.5], profile, TokenPolicy(dense_first_tokens=32))
     result = run_evaluation(model, tokenizer, variants, [task()])
     assert result["variants"][1]["coverage"]["dense_first_tokens"] == 32
-    assert result["variants"][0]["coverage"] == Coverage().to_dict()
+    assert result["variants"][0]["coverage"] == TokenPolicy().to_dict()
     for name in ("cats k=0.5 (first 32 dense)", "relu (first 32 dense)"):
         assert rows(result, name)["perplexity"]["sparsity"]["gate"] < 0.4
-    assert variants[1].config.coverage == Coverage(dense_first_tokens=32)
+    assert variants[1].config.coverage == TokenPolicy(dense_first_tokens=32)
 
 
 def test_another_models_weights_are_a_variant_of_their_own(model, tokenizer):
@@ -341,7 +341,7 @@ def test_measurements_are_found_by_content(model, tokenizer, profile, tmp_path):
         changed.model.norm.weight[0] += 1e-3
     assert computed(changed, variants, task())[0] == 2, "other weights"
     assert computed(model, make_variants(model, ["cats"], [0.6], profile), task())[0] == 1, "other thresholds"
-    covered = make_variants(model, ["cats"], [0.5], profile, Coverage(dense_first_tokens=1))
+    covered = make_variants(model, ["cats"], [0.5], profile, TokenPolicy(dense_first_tokens=1))
     assert computed(model, covered, task())[0] == 1, "other tokens"
     assert computed(model, variants, task(stride=32))[0] == 2, "another stride"
     assert computed(model, variants, task(samples=5))[0] == 2, "other text"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import families
 from cats_llm import bundled
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.cli.main import app
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.cache import Cache
@@ -177,7 +177,7 @@ def test_a_step_of_the_search_is_the_best_one(cases):
 
 @pytest.mark.parametrize("method", ["teal", "wina"])
 @pytest.mark.parametrize(
-    "coverage", [Coverage(last_fraction=0.5), Coverage(dense_first_tokens=7), Coverage(dense_prefill=True)]
+    "coverage", [TokenPolicy(last_fraction=0.5), TokenPolicy(dense_first_tokens=7), TokenPolicy(dense_prefill=True)]
 )
 def test_only_covered_tokens_skip(cases, method, coverage):
     case = cases("llama")
@@ -201,7 +201,7 @@ def test_only_covered_tokens_skip(cases, method, coverage):
 
 
 @pytest.mark.parametrize("method", ["teal", "wina"])
-@pytest.mark.parametrize("coverage", [Coverage(), Coverage(dense_first_tokens=7)])
+@pytest.mark.parametrize("coverage", [TokenPolicy(), TokenPolicy(dense_first_tokens=7)])
 def test_decoding_with_a_cache_skips_the_same(cases, method, coverage):
     case = cases("llama")
     config = variant_of(case, method, coverage=coverage).config
@@ -223,7 +223,7 @@ def test_decoding_with_a_cache_skips_the_same(cases, method, coverage):
 
 def test_a_dense_prompt_is_counted_as_dense(cases):
     case = cases("llama")
-    config = variant_of(case, "wina", coverage=Coverage(dense_prefill=True)).config
+    config = variant_of(case, "wina", coverage=TokenPolicy(dense_prefill=True)).config
     model = case.dense_copy()
     with METHODS["wina"].applied(model, config):
         counter = SparsityCounter(model)
@@ -239,7 +239,7 @@ def test_a_dense_prompt_is_counted_as_dense(cases):
 def test_the_model_comes_back_to_the_bit(cases, method):
     case = cases("qwen3")
     model = case.dense_copy()
-    config = variant_of(case, method, coverage=Coverage(dense_first_tokens=2)).config
+    config = variant_of(case, method, coverage=TokenPolicy(dense_first_tokens=2)).config
     for broken in (False, True):
         try:
             with METHODS[method].applied(model, config), SparsityCounter(model):
@@ -355,7 +355,7 @@ def test_settings_tell_measurements_apart(model, tokenizer, batches, tmp_path):
 
     one = make_variants(model, ["teal", "wina"], [0.5], None, None, batches)[1:]
     others = make_variants(model, ["teal", "wina"], [0.6], None, None, batches)[1:]
-    covered = make_variants(model, ["teal", "wina"], [0.5], None, Coverage(last_fraction=0.5), batches)[1:]
+    covered = make_variants(model, ["teal", "wina"], [0.5], None, TokenPolicy(last_fraction=0.5), batches)[1:]
     for variant in (*one, *others, *covered):
         assert known(variant) == [False], variant.name
     for variant in (*one, *others, *covered):

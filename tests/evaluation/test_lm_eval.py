@@ -15,7 +15,7 @@ from lm_eval.tasks._index import TaskIndex
 
 import cats_llm
 from cats_llm import bundled
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.evaluation.cache import Cache
 from cats_llm.evaluation.methods import Variant, make_variants
 from cats_llm.evaluation.run import run_evaluation
@@ -242,7 +242,7 @@ def test_a_stopped_run_finds_the_tasks_that_are_done(model, tokenizer, profile, 
 
 
 def test_last_fraction_does_not_depend_on_the_batch(model, tokenizer, profile, data):
-    variants = make_variants(model, ["cats"], [0.9], profile, Coverage(last_fraction=0.5))
+    variants = make_variants(model, ["cats"], [0.9], profile, TokenPolicy(last_fraction=0.5))
     tasks, _ = build_tasks(["wikitext", "piqa"], data)
     one, many = (run_evaluation(model, tokenizer, variants, tasks, batch_size=size)["results"] for size in (1, 8))
     assert [row["value"] for row in one] == pytest.approx([row["value"] for row in many], rel=1e-6)

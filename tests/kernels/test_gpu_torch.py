@@ -9,13 +9,13 @@ from torch import nn
 
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.kernels import backends, cpu, definition, gpu, operators
 from cats_llm.kernels.backend import Request
 from cats_llm.kernels.gpu import autotune, dispatch, tuning
 from cats_llm.kernels.gpu.config import GemvConfig, SmallBatchConfig, Tile, candidates, default, smaller
 from cats_llm.model.decode_linear import decode_linear
-from cats_llm.model.surgery import densify, set_thresholds, sparse_mlps, sparsify
+from cats_llm.model.sparsify import densify, set_thresholds, sparse_mlps, sparsify
 
 gpu_only = pytest.mark.gpu
 
@@ -319,7 +319,7 @@ def test_a_captured_mlp_sees_other_vectors(bias):
     def vectors(seed):
         generator = torch.Generator().manual_seed(seed)
         made = {
-            layer: LayerVectors(torch.rand(352, generator=generator) / 10, torch.randn(128, generator=generator))
+            layer: LayerTensors(torch.rand(352, generator=generator) / 10, torch.randn(128, generator=generator))
             for layer in (0, 1)
         }
         return CatsConfig({0: 0.05, 1: 0.05}, vectors=made)

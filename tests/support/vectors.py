@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import cats_llm
 import families
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.checkpoint.layer_tensors import LayerTensors
 
 
 def make_vectors(case, parts=("thresholds", "compensation"), seed=0):
@@ -19,7 +19,7 @@ def make_vectors(case, parts=("thresholds", "compensation"), seed=0):
             "thresholds": t * (0.25 + 1.5 * torch.rand(families.FFN, generator=generator)),
             "compensation": torch.randn(families.HIDDEN, generator=generator) / 4,
         }
-        made[layer] = LayerVectors(**{part: vectors[part] for part in parts})
+        made[layer] = LayerTensors(**{part: vectors[part] for part in parts})
     return made
 
 
@@ -46,7 +46,7 @@ class Reference:
     def __enter__(self):
         self.stack = ExitStack()
         for layer, number in self.config.thresholds.items():
-            vectors = (self.config.vectors or {}).get(layer) or LayerVectors()
+            vectors = (self.config.vectors or {}).get(layer) or LayerTensors()
 
             def hook(module, args, output, t=number, own=vectors):
                 t = t if own.thresholds is None else own.thresholds

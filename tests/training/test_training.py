@@ -14,7 +14,7 @@ import cats_llm
 import families
 from cats_llm import CatsError, bundled
 from cats_llm.loading import load_tokenizer
-from cats_llm.model.surgery import relufy
+from cats_llm.model.relufy import relufy
 from cats_llm.text import RowFormat, load_sequences
 from cats_llm.training.adapters import adaptable, add_adapters
 from cats_llm.training.data import IGNORED, collator, is_instructions, read_instructions, read_text

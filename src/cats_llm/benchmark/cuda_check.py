@@ -13,8 +13,8 @@ from cats_llm.benchmark.shapes import Shape
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.kernels.definition import ACTIVATIONS, gate_activation, gated_mlp, keep_mask
 from cats_llm.kernels.gpu.graphs import captured
+from cats_llm.model.sparsify import sparsify
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import sparsify
 
 _UNDECIDED = 1e-5  # an activation so near the threshold may fall on either side, by the order of a sum
 

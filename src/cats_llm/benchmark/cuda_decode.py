@@ -18,7 +18,7 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.integrations.generation import graph_decode
 from cats_llm.model.decode_linear import use_decode_linears
-from cats_llm.model.surgery import set_thresholds, sparsify
+from cats_llm.model.sparsify import set_thresholds, sparsify
 from cats_llm.model.weight_traffic import bytes_per_token
 
 _PROMPT = 32  # more tokens than decode kernels serve

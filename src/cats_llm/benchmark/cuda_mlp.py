@@ -14,8 +14,8 @@ from cats_llm.benchmark.timing import take_turns
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.kernels.backend import MAX_DECODE_TOKENS, Request
 from cats_llm.kernels.backends import backend_of
+from cats_llm.model.sparsify import sparse_mlps, sparsify
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import sparse_mlps, sparsify
 
 _LAYERS = 8  # their weights are far larger than any cache
 

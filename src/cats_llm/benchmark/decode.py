@@ -18,8 +18,8 @@ from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.kernels.operators import read_checksum
 from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.sparsify import densify, set_thresholds, sparsify
 from cats_llm.model.structure import GatedMLP, find_gated_mlps, observe_gates
-from cats_llm.model.surgery import densify, set_thresholds, sparsify
 from cats_llm.model.weight_traffic import bytes_per_token
 
 _PROMPT = 16

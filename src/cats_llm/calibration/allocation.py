@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationText
 from cats_llm.calibration.criterion import Criterion
-from cats_llm.calibration.predictions import logits_of, mean_divergence
+from cats_llm.calibration.divergence import logits_of, mean_divergence
 from cats_llm.calibration.scores import SCORES
 from cats_llm.calibration.statistics import LayerStatistics, down_weight, statistics_of
+from cats_llm.model.sparsify import sparse_module
 from cats_llm.model.structure import GatedMLP
-from cats_llm.model.surgery import sparse_module
 
 GRID = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)
 """The sparsities at which a layer's cost is measured; a layer gets at most the last one."""

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
-from cats_llm.model.coverage import sparse_tokens
 from cats_llm.model.structure import unwrap
+from cats_llm.model.token_mask import sparse_tokens
 from cats_llm.model.tokens import check_positions, check_tokens
 
 CalibrationData = Iterable[Any]
@@ -239,7 +239,7 @@ class CalibrationText:
         coverage: while calibrating.
     """
 
-    def __init__(self, batches: Iterable[Inputs], coverage: Coverage) -> None:
+    def __init__(self, batches: Iterable[Inputs], coverage: TokenPolicy) -> None:
         self.coverage = coverage
         self.inputs: list[dict[str, Tensor]] = []
         self.counted: list[Tensor | None] = []

@@ -15,17 +15,18 @@ from cats_llm.calibration.profile import NOT_RUN, Profile
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_reads_text
+from cats_llm.model.contexts import as_dense
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.structure import (
     GatedMLP,
     check_function,
     checked_on_inputs,
+    eval_mode,
     execution_device,
     find_gated_mlps,
     observe_gates,
     unwrap,
 )
-from cats_llm.model.surgery import dense_function
 from cats_llm.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def calibrate(model: nn.Module, batches: CalibrationData, data: str | None = Non
     """
     mlps = find_gated_mlps(model)
     counter = _Counter(mlps)
-    with evaluated(model), dense_function(model), observe_gates(mlps, counter):
+    with calibrating(model), as_dense(model), observe_gates(mlps, counter):
         for inputs in read_batches(model, batches, tokenizer):
             counter.run(model, inputs)
     counter.merge_processes()
@@ -83,8 +84,8 @@ def tell_not_run(mlps: Sequence[GatedMLP], reached: Sequence[int]) -> list[int]:
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Check that the model can be calibrated, and let it be in evaluation mode while the context lasts.
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Check that the model can be calibrated, and let it be in eval mode while the context lasts.
 
     Raises:
         CatsError: no gated MLP, or one that computes something else, or an encoder-decoder.
@@ -93,14 +94,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     dense = [mlp for mlp in find_gated_mlps(model) if not isinstance(mlp.module, SparseMLP)]
     for mlp in dense:
         check_function(mlp)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with checked_on_inputs(dense):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(model), checked_on_inputs(dense):
+        yield
 
 
 class _Counter:

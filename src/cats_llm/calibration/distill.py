@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationText, run_decoder
-from cats_llm.calibration.predictions import counted_tokens, divergence, logits_of
+from cats_llm.calibration.divergence import counted_tokens, divergence, logits_of
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
+from cats_llm.model.contexts import as_dense
 from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.sparsify import sparse_module
 from cats_llm.model.structure import GatedMLP
-from cats_llm.model.surgery import dense_function, sparse_module
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def distill(
             tokens = torch.zeros((), dtype=torch.float64)
             if inputs:
                 batch = inputs[next(order)]
-                with torch.no_grad(), dense_function(model):
+                with torch.no_grad(), as_dense(model):
                     expected = logits_of(model, batch)
                 with torch.enable_grad():
                     divergence(logits_of(model, batch), expected, batch).backward()

@@ -11,23 +11,24 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.allocation import allocate
 from cats_llm.calibration.batches import CalibrationData, CalibrationText, read_batches, rows_of, run_decoder
-from cats_llm.calibration.calibrate import evaluated, record_of, tell_not_run
+from cats_llm.calibration.calibrate import calibrating, record_of, tell_not_run
 from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.distill import Distillation, distill
 from cats_llm.calibration.histogram import GateHistogram
-from cats_llm.calibration.lockstep import run_in_lockstep
 from cats_llm.calibration.profile import NOT_RUN
 from cats_llm.calibration.scores import SCORES
+from cats_llm.calibration.sequential import run_layer_by_layer
 from cats_llm.calibration.statistics import LayerStatistics, down_weight, hidden_parts
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
-from cats_llm.checkpoint.coverage import Coverage
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.checkpoint.layer_tensors import LayerTensors
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.distributed import sum_over_processes
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.architecture import check_predicts_tokens
-from cats_llm.model.coverage import set_coverage
+from cats_llm.model.contexts import restoring
+from cats_llm.model.sparsify import sparse_module, swap_for_calibration
 from cats_llm.model.structure import GatedMLP
-from cats_llm.model.surgery import restored, sparse_for_calibration, sparse_module
+from cats_llm.model.token_mask import set_token_mask
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -55,9 +56,9 @@ class FittedLayer:
             return torch.tensor(self.tau, dtype=torch.float32, device=self.weights.device)
         return (self.tau / self.weights).clamp(max=_LARGEST)
 
-    def vectors(self) -> LayerVectors:
+    def vectors(self) -> LayerTensors:
         """What of it does not fit into one number."""
-        return LayerVectors(self.threshold if self.threshold.dim() else None, self.compensation)
+        return LayerTensors(self.threshold if self.threshold.dim() else None, self.compensation)
 
 
 def fit(
@@ -66,7 +67,7 @@ def fit(
     sparsity: float,
     criterion: Criterion,
     *,
-    coverage: Coverage | None = None,
+    coverage: TokenPolicy | None = None,
     data: str | None = None,
     distillation: Distillation | None = None,
     notify: Callable[[str], None] | None = None,
@@ -97,11 +98,11 @@ def fit(
     if criterion.allocate or criterion.distill:
         check_predicts_tokens(model, f"the criterion {criterion}")
     say = notify or (lambda _: None)
-    coverage = coverage or Coverage()
-    with evaluated(model), restored(model):
+    coverage = coverage or TokenPolicy()
+    with calibrating(model), restoring(model):
         read = read_batches(model, batches, tokenizer)
-        text = CalibrationText(read, Coverage(dense_first_tokens=coverage.dense_first_tokens))
-        found = sparse_for_calibration(model)
+        text = CalibrationText(read, TokenPolicy(dense_first_tokens=coverage.dense_first_tokens))
+        found = swap_for_calibration(model)
         reached = _reached(model, found, text)
         not_run = tell_not_run(found, reached)
         mlps = [mlp for mlp in found if mlp.layer in reached]
@@ -165,7 +166,7 @@ def _through_layers(
     With ``known``, weights of the scores stay, ``compensation`` is taken as it is, and thresholds are set again.
     """
     found: dict[int, FittedLayer] = {}
-    tokens = set_coverage(model, text.coverage)
+    tokens = set_token_mask(model, text.coverage)
     for mlp in mlps:
         module = sparse_module(mlp)
         module.token_mask, module.sparse = tokens, False
@@ -186,7 +187,7 @@ def _through_layers(
     if tokens is not None:
         state = (lambda: tokens.sparse, lambda value: setattr(tokens, "sparse", value))
     calls = [partial(run_decoder, model, inputs) for inputs in text.inputs]
-    run_in_lockstep([mlp.module for mlp in mlps], calls, decide, state)
+    run_layer_by_layer([mlp.module for mlp in mlps], calls, decide, state)
     for mlp in mlps:
         sparse_module(mlp).sparse = True
     return found

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from cats_llm.calibration.batches import CalibrationData, Inputs, read_batches
-from cats_llm.calibration.calibrate import calibrate, evaluated
+from cats_llm.calibration.calibrate import calibrate, calibrating
 from cats_llm.calibration.criterion import CANDIDATES, Criterion
 from cats_llm.calibration.distill import Distillation
+from cats_llm.calibration.divergence import log_perplexity, mean_divergence
 from cats_llm.calibration.fit import fit
-from cats_llm.calibration.predictions import log_perplexity, mean_divergence
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.target import AUTO, SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_predicts_tokens
-from cats_llm.model.surgery import dense_function, densify, restored, sparsify
+from cats_llm.model.contexts import as_dense, restoring
+from cats_llm.model.sparsify import densify, sparsify
 
 HELD_BACK = 8
 """One batch in so many is not fitted to, and measured on."""
@@ -139,7 +140,7 @@ def _search(
         densify(model)
         return config
 
-    with restored(model), evaluated(model):
+    with restoring(model), calibrating(model):
         if increase is None:
             configs = {
                 name: attempt(name, replace(target, criterion=name), lambda: mean_divergence(model, held_back))
@@ -147,7 +148,7 @@ def _search(
             }
             # of equal ones the first
             return Choice(configs[min(measured, key=lambda name: measured[name])], measured)
-        with dense_function(model):
+        with as_dense(model):
             dense = log_perplexity(model, held_back)
         best: CatsConfig | None = None
         # bisection: perplexity is taken to rise with sparsity

@@ -9,7 +9,7 @@ from cats_llm.calibration.criterion import CANDIDATES, PARTS, Criterion
 from cats_llm.calibration.distill import Distillation
 from cats_llm.calibration.scores import SCORES
 from cats_llm.checkpoint.config import parse_sparsity
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.weight_traffic import bytes_per_token
@@ -95,7 +95,7 @@ class SparsityTarget:
         panel=Panel.SPARSITY,
         help="Batches that the part distill learns the compensation from.",
     )
-    coverage: Coverage = field(default_factory=Coverage)
+    coverage: TokenPolicy = field(default_factory=TokenPolicy)
 
     def __post_init__(self) -> None:
         measures = (self.sparsity, self.bytes_per_token, self.max_perplexity_increase)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cats_llm.checkpoint.coverage import Coverage
-from cats_llm.checkpoint.vectors import FILE, LayerVectors, digest, encode, read_vectors
+from cats_llm.checkpoint.layer_tensors import FILE, LayerTensors, digest, encode, read_layer_tensors
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 
 QUANT_METHOD = "cats"
@@ -29,7 +29,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         sparsity: the gate sparsity asked for, in [0, 1), if one was.
         layer_sparsity: the gate sparsity that each threshold gives on the calibration tokens.
         calibration: what was calibrated on what (model, data, tokens, date, versions); a record, not used to compute.
-        coverage: which tokens are sparse; stands in the file as the keys of `Coverage`.
+        coverage: which tokens are sparse; stands in the file as the keys of `TokenPolicy`.
         criterion: what chooses neurons and corrects the output (name and settings); a record, not used to compute.
             Empty for plain CATS.
         vectors: by layer, what does not fit into JSON; None if no layer has any. In config.json they are the name and
@@ -50,7 +50,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         dense_first_tokens: int = 0,
         last_fraction: float | None = None,
         criterion: Mapping[str, Any] | None = None,
-        vectors: Mapping[int, LayerVectors] | Mapping[str, str] | None = None,
+        vectors: Mapping[int, LayerTensors] | Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
@@ -68,7 +68,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
                 "something else than cats-llm."
             )
         self.quant_method = QUANT_METHOD
-        self.coverage = Coverage(dense_prefill, dense_first_tokens, last_fraction)
+        self.coverage = TokenPolicy(dense_prefill, dense_first_tokens, last_fraction)
         self.thresholds = _by_layer("thresholds", thresholds, upper=_LARGEST)
         if not self.thresholds:
             raise CatsError("the CATS config has no thresholds; give one a layer.")
@@ -78,7 +78,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.layer_sparsity = _by_layer("layer_sparsity", layer_sparsity or {}, upper=1.0)
         self.calibration = _record("calibration", calibration)
         self.criterion = _record("criterion", criterion)
-        self._vectors: dict[int, LayerVectors] | None = None
+        self._vectors: dict[int, LayerTensors] | None = None
         self._digest: str | None = None  # of a file that is not read yet
         if isinstance(vectors, Mapping) and "file" in vectors:
             self._digest = _digest_of(vectors)
@@ -86,7 +86,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
             self._vectors = _by_known_layer(vectors, self.thresholds)
 
     @property
-    def vectors(self) -> dict[int, LayerVectors] | None:
+    def vectors(self) -> dict[int, LayerTensors] | None:
         """By layer; None if no layer has any.
 
         Raises:
@@ -118,10 +118,10 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
             CatsError: the file is missing, damaged, or of another model.
         """
         if self._digest is not None:
-            self._vectors = _by_known_layer(read_vectors(path, self._digest), self.thresholds)
+            self._vectors = _by_known_layer(read_layer_tensors(path, self._digest), self.thresholds)
             self._digest = None
 
-    def with_coverage(self, coverage: Coverage) -> "CatsConfig":
+    def with_coverage(self, coverage: TokenPolicy) -> "CatsConfig":
         """The same config for other tokens."""
         changed = copy.deepcopy(self)
         changed.coverage = coverage
@@ -203,11 +203,11 @@ def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _by_known_layer(vectors: object, thresholds: Mapping[int, float]) -> dict[int, LayerVectors] | None:
+def _by_known_layer(vectors: object, thresholds: Mapping[int, float]) -> dict[int, LayerTensors] | None:
     """Copies, sorted by layer; None if there is no vector."""
-    if not isinstance(vectors, Mapping) or not all(isinstance(v, LayerVectors) for v in vectors.values()):
+    if not isinstance(vectors, Mapping) or not all(isinstance(v, LayerTensors) for v in vectors.values()):
         raise CatsError(
-            f"vectors in the CATS config is {short(vectors)}; it must map layer indices to LayerVectors, or name the "
+            f"vectors in the CATS config is {short(vectors)}; it must map layer indices to LayerTensors, or name the "
             f"file {FILE} and its sha256."
         )
     unknown = [layer for layer in vectors if isinstance(layer, bool) or layer not in thresholds]

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cats_llm.checkpoint.vectors import FILE
+from cats_llm.checkpoint.layer_tensors import FILE
 from cats_llm.errors import CatsError
 
 CONFIG = "config.json"

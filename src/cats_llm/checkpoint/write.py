@@ -10,7 +10,7 @@ from typing import Any
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
 from cats_llm.checkpoint.folder import ADAPTERS, CONFIG, ModelFolder, read_folder
 from cats_llm.checkpoint.json_text import remove_entry, set_entry
-from cats_llm.checkpoint.vectors import write_vectors
+from cats_llm.checkpoint.layer_tensors import write_layer_tensors
 from cats_llm.errors import CatsError
 from cats_llm.outputs import check_space, write_folder
 
@@ -60,7 +60,7 @@ def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = 
         _copy(folder, new)
         _write_text(new / CONFIG, set_entry(_text(folder), _ENTRY, entry))
         if vectors is not None:
-            write_vectors(new, vectors)
+            write_layer_tensors(new, vectors)
     return _written(folder, linked=False)
 
 

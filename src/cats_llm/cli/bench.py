@@ -19,7 +19,7 @@ from cats_llm.cli.output import percent, quiet_libraries, show, table, track
 from cats_llm.errors import CatsError
 from cats_llm.kernels import cpu
 from cats_llm.loading import load_model
-from cats_llm.model.surgery import densify
+from cats_llm.model.sparsify import densify
 from cats_llm.outputs import check_output, write_json
 
 ShapeOption = Annotated[

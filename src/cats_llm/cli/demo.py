@@ -23,7 +23,7 @@ from cats_llm.continuation import continue_prompt
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import Evaluation
 from cats_llm.loading import load_model, load_tokenizer
-from cats_llm.model.surgery import densify, sparsify
+from cats_llm.model.sparsify import densify, sparsify
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.outputs import check_output, write_folder, write_json
 from cats_llm.report import data as report_data

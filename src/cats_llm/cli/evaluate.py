@@ -11,7 +11,7 @@ from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.cli import options
 from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, table, track
 from cats_llm.errors import CatsError
@@ -22,7 +22,7 @@ from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import Progress, run_evaluation
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks
 from cats_llm.loading import load_model, load_tokenizer
-from cats_llm.model.surgery import thresholds
+from cats_llm.model.sparsify import thresholds
 from cats_llm.outputs import check_output, command_line, write_json
 from cats_llm.text import RowFormat, TextSource, batched, check_length, load_sequences, same_text
 
@@ -165,7 +165,7 @@ def command(
         raise typer.BadParameter("pass either --profile or --calibration, not both.")
     asked = _sparsities(sparsity) if sparsity is not None else []
     methods = _names(method)
-    coverage = Coverage(dense_prefill, dense_first_tokens, last_fraction)
+    coverage = TokenPolicy(dense_prefill, dense_first_tokens, last_fraction)
     quiet_libraries()
     device = distributed.join(device)
     loaded_profile = Profile.load(profile) if profile is not None else None
@@ -242,21 +242,21 @@ def _text_names(texts: list[str]) -> dict[str, str]:
     return names
 
 
-def _own_variant(base: Any, name: str, coverage: Coverage) -> Variant | None:
+def _own_variant(base: Any, name: str, coverage: TokenPolicy) -> Variant | None:
     """The variant that a CATS checkpoint is by itself."""
     if not thresholds(base):
         return None
     return _cats_variant(base.config.quantization_config, name, coverage)
 
 
-def _cats_variant(config: CatsConfig, name: str, coverage: Coverage, model: Any = None) -> Variant:
+def _cats_variant(config: CatsConfig, name: str, coverage: TokenPolicy, model: Any = None) -> Variant:
     if not coverage.all_tokens:
         config = config.with_coverage(coverage)
     suffix = "" if config.coverage.all_tokens else f" ({config.coverage})"
     return Variant(Path(name).name + suffix, "cats", config, model)
 
 
-def _from_checkpoint(model: Any, base: Any, name: str, coverage: Coverage) -> Variant:
+def _from_checkpoint(model: Any, base: Any, name: str, coverage: TokenPolicy) -> Variant:
     """A saved checkpoint as a variant; one with the weights of the base model needs none of its own."""
     same = digest_model(model) == digest_model(base)
     if thresholds(model):

@@ -10,7 +10,7 @@ from cats_llm.cli.streams import read_prompt
 from cats_llm.continuation import continue_prompt
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.model.decode_linear import use_decode_linears
-from cats_llm.model.surgery import thresholds
+from cats_llm.model.sparsify import thresholds
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.outputs import check_output, write_json
 

@@ -7,7 +7,7 @@ import typer
 from cats_llm import bundled
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.vectors import FILE
+from cats_llm.checkpoint.layer_tensors import FILE
 from cats_llm.cli import options
 from cats_llm.cli.output import percent, quiet_libraries, show, size, table, track
 from cats_llm.evaluation.sparsity import measure_sparsity

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
-from cats_llm.model.surgery import dense_function
+from cats_llm.model.contexts import as_dense
 from cats_llm.model.tokens import check_positions, check_tokens
 from cats_llm.model.weight_traffic import Sparsity, sparsity_of
 
@@ -71,7 +71,7 @@ def score_sequences(
     ids: Tensor,
     first: Tensor | int = 1,
     reference: nn.Module | None = None,
-    dense: Callable[[nn.Module], AbstractContextManager[None]] = dense_function,
+    dense: Callable[[nn.Module], AbstractContextManager[None]] = as_dense,
     counter: SparsityCounter | None = None,
 ) -> SequenceScores:
     """Predict tokens of sequences, each from its own beginning, every token computed as in prefill.

@@ -20,8 +20,8 @@ from cats_llm.checkpoint.config import check_sparsity
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.calibration import Calibration
 from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears
+from cats_llm.model.contexts import as_dense
 from cats_llm.model.structure import decoder_of, execution_device
-from cats_llm.model.surgery import dense_function
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
@@ -130,7 +130,7 @@ def dense_evaluation(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with dense_function(model):
+        with as_dense(model):
             yield
     finally:
         for module, training in modes.items():

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.kernels.definition import keep_mask
-from cats_llm.model.coverage import TokenCoverage, set_coverage
 from cats_llm.model.structure import find_gated_mlps, unwrap
+from cats_llm.model.token_mask import TokenMask, set_token_mask
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class InputConfig:
     sparsity: float
     linear_sparsity: Mapping[str, float]
     thresholds: Mapping[str, float] = field(default_factory=dict)
-    coverage: Coverage = field(default_factory=Coverage)
+    coverage: TokenPolicy = field(default_factory=TokenPolicy)
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_coverage(self, coverage: Coverage) -> "InputConfig":
+    def with_coverage(self, coverage: TokenPolicy) -> "InputConfig":
         """The same config for other tokens."""
         return replace(self, coverage=coverage)
 
@@ -67,7 +67,7 @@ class SparseInput:
         observer: told how many inputs each token skips, int64 (...).
     """
 
-    def __init__(self, keep: Callable[[Tensor], Tensor], tokens: TokenCoverage | None = None) -> None:
+    def __init__(self, keep: Callable[[Tensor], Tensor], tokens: TokenMask | None = None) -> None:
         self.keep = keep
         self.tokens = tokens
         self.enabled = True
@@ -129,7 +129,7 @@ def sparse_inputs(model: nn.Module, config: InputConfig) -> Iterator[None]:
     base = unwrap(model)
     handles = []
     try:
-        tokens = set_coverage(base, config.coverage)
+        tokens = set_token_mask(base, config.coverage)
         for name, share in config.linear_sparsity.items():
             linear: Any = base.get_submodule(name)
             threshold = config.thresholds.get(name)
@@ -139,7 +139,7 @@ def sparse_inputs(model: nn.Module, config: InputConfig) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        set_coverage(base, Coverage())
+        set_token_mask(base, TokenPolicy())
 
 
 def hooked_inputs(model: nn.Module) -> dict[str, tuple[nn.Linear, SparseInput]]:

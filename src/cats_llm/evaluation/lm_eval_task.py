@@ -35,7 +35,7 @@ from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
 from cats_llm.evaluation.tasks import TASK_FILES, task_folder
 from cats_llm.model.architecture import check_predicts_tokens
-from cats_llm.model.coverage import find_coverage
+from cats_llm.model.token_mask import find_token_mask
 from cats_llm.model.tokens import check_tokens
 
 # resamplings for standard errors that have no formula
@@ -199,7 +199,7 @@ class LmEvalTask(Task):
     def run(self, subject: Subject, batch: BatchSize) -> Measurement:
         """Evaluate with lm-eval."""
         started = time.perf_counter()
-        coverage = find_coverage(subject.model)
+        coverage = find_token_mask(subject.model)
         # the last tokens of a sequence must not depend on how long its neighbours are
         single = coverage is not None and coverage.coverage.last_fraction is not None
 

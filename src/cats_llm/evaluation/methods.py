@@ -19,13 +19,15 @@ from cats_llm.calibration.fit import fit
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.scores import SCORES
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.evaluation import input_allocation, input_calibration
 from cats_llm.evaluation.calibration import Calibration
 from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears, dense_inputs, sparse_inputs
+from cats_llm.model.contexts import as_dense
+from cats_llm.model.relufy import relu_config
+from cats_llm.model.sparsify import densify, sparse_mlps, sparsify
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.model.surgery import dense_function, densify, relu_config, sparse_mlps, sparsify
 from cats_llm.model.weight_traffic import input_sparsity_of, sparsity_of
 
 Config = CatsConfig | InputConfig
@@ -51,7 +53,7 @@ class Method:
     takes_sparsity: bool
     configure: Callable[[nn.Module, Calibration, float | None], Config | None]
     applied: Callable[[Any, Any], AbstractContextManager[None]]
-    dense: Callable[[nn.Module], AbstractContextManager[None]] = dense_function
+    dense: Callable[[nn.Module], AbstractContextManager[None]] = as_dense
     unit: str = "neurons"
 
 
@@ -112,7 +114,7 @@ def _relu_dense(model: nn.Module) -> Iterator[None]:
     try:
         for mlp in mlps:
             mlp.use_activation(None)
-        with dense_function(model):
+        with as_dense(model):
             yield
     finally:
         for mlp, activation in zip(mlps, replaced, strict=True):
@@ -187,7 +189,7 @@ class Variant:
             "sparsity": self.sparsity,
             "unit": chosen.unit if config is not None else None,
             "equal_bytes": self.equal_bytes,
-            "coverage": (config.coverage if config is not None else Coverage()).to_dict(),
+            "coverage": (config.coverage if config is not None else TokenPolicy()).to_dict(),
             # those of a criterion are of its score, and no measure of activations
             "thresholds": _by_name(cats.thresholds) if cats and not cats.criterion and chosen.takes_sparsity else None,
             "criterion": (cats.criterion or None) if cats is not None else None,
@@ -233,7 +235,7 @@ def make_variants(
     methods: Sequence[str] = ("cats",),
     sparsities: Sequence[float] = (),
     profile: Profile | None = None,
-    coverage: Coverage | None = None,
+    coverage: TokenPolicy | None = None,
     batches: CalibrationData | None = None,
     equal_bytes: bool = False,
 ) -> list[Variant]:
@@ -253,7 +255,7 @@ def make_variants(
     Raises:
         CatsError: an unknown method, or one that lacks what it needs.
     """
-    coverage = coverage or Coverage()
+    coverage = coverage or TokenPolicy()
     suffix = "" if coverage.all_tokens else f" ({coverage})"
     calibration = Calibration(profile, list(read_batches(model, batches)) if batches is not None else None)
     made = [Variant("dense")]

@@ -15,7 +15,7 @@ from cats_llm.evaluation.cache import Cache, digest_code, digest_json, digest_mo
 from cats_llm.evaluation.methods import METHODS, Variant, make_variants, method
 from cats_llm.evaluation.paired import combined, compare
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
-from cats_llm.model.surgery import restored
+from cats_llm.model.contexts import restoring
 from cats_llm.model.weight_traffic import input_sparsity_of, sparsity_of
 from cats_llm.versions import versions
 
@@ -96,7 +96,7 @@ def run_evaluation(
     found: dict[tuple[str, str], Measurement] = {}
     keys = _Keys(model, tokenizer) if cache is not None else None
     clock = _Clock(len(variants) * len(tasks))
-    with restored(model):
+    with restoring(model):
         for variant in variants:
             for task in tasks:
                 key = keys.of(variant, task) if keys is not None else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from cats_llm.model.coverage import find_coverage
+from cats_llm.model.token_mask import find_token_mask
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def _obstacle(model: PreTrainedModel, generation_config: Any, model_kwargs: dict
         return 'there is no static cache; pass cache_implementation="static"'
     if any(type(layer) is not StaticLayer for layer in cache.layers):
         return "the cache has layers with a sliding window"
-    rule = find_coverage(model)
+    rule = find_token_mask(model)
     if rule is not None and rule.coverage.dense_first_tokens:
         return "which new tokens are sparse depends on their position"
     if len({p.device for p in model.parameters()}) > 1:

@@ -11,10 +11,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.hub import cached_file
 
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
-from cats_llm.checkpoint.vectors import FILE
+from cats_llm.checkpoint.layer_tensors import FILE
 from cats_llm.errors import CatsError
+from cats_llm.model.sparsify import densify, lay_out_for_decode, set_config, swap_before_loading
 from cats_llm.model.structure import check_function, find_gated_mlps
-from cats_llm.model.surgery import configure, densify, prepare, prepare_decode
 
 
 class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
@@ -30,17 +30,17 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
         load_vectors(self.quantization_config, model.config.name_or_path, folder)
         if not self.pre_quantized:
             self._mlps = find_gated_mlps(model)
-        prepare(model, self.quantization_config)
+        swap_before_loading(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # non-persistent buffers come out of loading uninitialised
-        configure(model, self.quantization_config)
+        set_config(model, self.quantization_config)
         _unmark_quantized(model)
         if not self.pre_quantized:
             # a dense checkpoint with a config given by hand: nobody has compared the functions yet
             for mlp in self.__dict__.pop("_mlps"):
                 check_function(mlp)
-        prepare_decode(model, self.quantization_config)
+        lay_out_for_decode(model, self.quantization_config)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:

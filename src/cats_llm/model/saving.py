@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cats_llm.checkpoint.config import CatsConfig
-from cats_llm.checkpoint.vectors import write_vectors
+from cats_llm.checkpoint.layer_tensors import write_layer_tensors
 
 _METHOD = "save_pretrained"
 # its arguments that `push_to_hub` takes
@@ -44,7 +44,7 @@ class _SavePretrained:
         adapters_only = getattr(self.model, "_hf_peft_config_loaded", False)
         here = kwargs.get("is_main_process", True) and Path(save_directory).is_dir() and not adapters_only
         if here and isinstance(config, CatsConfig) and config.vectors:
-            write_vectors(Path(save_directory), config.vectors)
+            write_layer_tensors(Path(save_directory), config.vectors)
         if hub:
             self.model.push_to_hub(**hub)
 

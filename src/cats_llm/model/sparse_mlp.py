@@ -14,7 +14,7 @@ from cats_llm.model.layer_tensors import Float32Buffers
 from cats_llm.model.structure import GatedMLP, activation_name
 
 if TYPE_CHECKING:
-    from cats_llm.model.coverage import TokenCoverage
+    from cats_llm.model.token_mask import TokenMask
 
 # where nn.Module keeps the hooks of its calls
 _HOOKS = (
@@ -70,7 +70,7 @@ class SparseMLP(Float32Buffers):
         self.activation_name = activation_name(mlp.activation)
         self.sparse = True
         self.expected_sparsity = 0.0
-        self.token_mask: TokenCoverage | None = None
+        self.token_mask: TokenMask | None = None
         self.train(dense.training)
 
     @property

@@ -236,6 +236,18 @@ def execution_device(linear: nn.Linear) -> torch.device:
     return linear.weight.device
 
 
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Let a module and all in it be in eval mode while the context lasts; each has its own mode again afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 # some channels of real inputs are a hundred times larger than the others
 _SCALES = (1.0, 100.0)
 _CHECKED_TOKENS = 8
@@ -260,14 +272,9 @@ def check_function(mlp: GatedMLP, x: Tensor | None = None) -> None:
         x = torch.randn(1, 3, mlp.hidden_size, generator=generator, device="cpu")
         x = torch.cat([scale * x for scale in _SCALES], dim=1)
         x = x.to(device=execution_device(mlp.down_linear), dtype=mlp.down_linear.weight.dtype)
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
+    with eval_mode(module):
         # forward, not a call: hooks on the module are the user's, and what they do is no part of its function
         expected, actual = module.forward(x).float(), mlp.roles.dense_forward(module, x).float()
-    finally:
-        for m, training in modes.items():
-            m.training = training
     # a token each: large ones must not hide small ones; what overflows the dtype says nothing
     error, size = (actual - expected).norm(dim=-1), expected.norm(dim=-1)
     if bool((size.isfinite() & ~(error <= 1e-2 * size)).any()):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.model.structure import decoder_of, find_gated_mlps, unwrap
 
 
@@ -69,7 +69,7 @@ class BytesPerToken:
 
 
 def bytes_per_token(
-    model: nn.Module, layer_sparsity: Mapping[int, float], vectors: Mapping[int, LayerVectors] | None = None
+    model: nn.Module, layer_sparsity: Mapping[int, float], vectors: Mapping[int, LayerTensors] | None = None
 ) -> BytesPerToken:
     """Weights read for one token, dense and at the given gate sparsity of each layer.
 
@@ -90,7 +90,7 @@ def bytes_per_token(
         matrix = mlp.hidden_size * mlp.intermediate_size * size
         mlp_dense += 3 * matrix
         mlp_skipped += 2 * matrix * layer_sparsity.get(mlp.layer, 0.0)
-        numbers = (vectors or {}).get(mlp.layer, LayerVectors()).sizes()
+        numbers = (vectors or {}).get(mlp.layer, LayerTensors()).sizes()
         mlp_skipped -= 4 * numbers.get("thresholds", 0) + size * numbers.get("compensation", 0)
     return BytesPerToken(total, round(total - mlp_skipped), round(mlp_dense), round(mlp_dense - mlp_skipped))
 

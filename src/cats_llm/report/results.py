@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.report.wording import short_name
 
@@ -240,7 +240,7 @@ def _variant(item: _Fields) -> EvalVariant:
 
 def _coverage(item: _Fields) -> str:
     try:
-        coverage = Coverage(**item.values)
+        coverage = TokenPolicy(**item.values)
     except (CatsError, TypeError) as error:
         raise CatsError(f"{item.path} is a damaged evaluation result: {item.where.rstrip('.')} is wrong.") from error
     return "" if coverage.all_tokens else str(coverage)

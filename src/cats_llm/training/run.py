@@ -13,8 +13,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.model.decode_linear import use_decode_linears
+from cats_llm.model.relufy import relu_config, relufy
+from cats_llm.model.sparsify import densify, set_config, sparse_mlps, sparsify
 from cats_llm.model.structure import unwrap
-from cats_llm.model.surgery import densify, relu_config, relufy, sparse_mlps, sparsify
 from cats_llm.training.adapters import add_adapters
 from cats_llm.training.data import Example
 from cats_llm.training.settings import Settings
@@ -24,7 +25,6 @@ from cats_llm.training.trainer import (
     KeepLog,
     Notify,
     RefreshThresholds,
-    apply_config,
     split_history,
     tensorboard,
 )
@@ -92,7 +92,7 @@ def apply_method(model: Any, method: str, config: CatsConfig | None = None) -> N
     elif method == "relu":
         relufy(model)
         if config is not None:
-            apply_config(model, config)
+            set_config(model, config)
     else:
         assert config is not None
         if config.coverage.dense_prefill:

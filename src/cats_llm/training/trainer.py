@@ -5,20 +5,22 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
-from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
+from cats_llm.model.sparsify import set_config
 from cats_llm.model.structure import unwrap
-from cats_llm.model.surgery import configure
 from cats_llm.outputs import write_json
 from cats_llm.training.heldout import measure
 from cats_llm.training.settings import Settings
+
+if TYPE_CHECKING:
+    from cats_llm.checkpoint.config import CatsConfig
 
 Notify = Callable[[str], None]
 LOG_FILE = "log.json"
@@ -154,18 +156,11 @@ class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
         mine = self.batches[distributed.rank() :: distributed.world_size()]
         profile = calibrate(model, mine, before.calibration.get("data"))
         config = profile.config(before.sparsity).with_coverage(before.coverage)
-        apply_config(model, config)
+        set_config(model, config)
         self.trainer.note(
             thresholds=config.to_dict(),
             drift={layer: profile.layers[layer].below(t) for layer, t in before.thresholds.items()},
         )
-
-
-def apply_config(model: Any, config: CatsConfig) -> None:
-    """Give a sparse model other thresholds, also in what is saved with it."""
-    configure(model, config)
-    base: Any = unwrap(model)
-    base.config.quantization_config = config
 
 
 def split_history(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ _METADATA = {"format": "cats-vectors"}
 
 
 @dataclass(frozen=True, eq=False)
-class LayerVectors:
+class LayerTensors:
     """What a layer has beside one threshold.
 
     Attributes:
@@ -56,14 +56,14 @@ class LayerVectors:
         """How many numbers each vector that there is has, by its name."""
         return {part: len(vector) for part in _PARTS if (vector := getattr(self, part)) is not None}
 
-    def copy(self) -> "LayerVectors":
+    def copy(self) -> "LayerTensors":
         """Tensors of its own, on the CPU."""
         return replace(
             self, **{part: v.detach().to("cpu", copy=True) for part in _PARTS if (v := getattr(self, part)) is not None}
         )
 
 
-def encode(vectors: Mapping[int, LayerVectors]) -> bytes:
+def encode(vectors: Mapping[int, LayerTensors]) -> bytes:
     """The file's content: the same bytes for the same vectors."""
     tensors = {
         f"{layer}.{part}": vector.detach().cpu().contiguous()
@@ -80,7 +80,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_vectors(folder: Path, vectors: Mapping[int, LayerVectors]) -> None:
+def write_layer_tensors(folder: Path, vectors: Mapping[int, LayerTensors]) -> None:
     """Write the file into a checkpoint's folder, in the place of one that may be there.
 
     Raises:
@@ -90,8 +90,8 @@ def write_vectors(folder: Path, vectors: Mapping[int, LayerVectors]) -> None:
         temporary.write_bytes(encode(vectors))
 
 
-def read_vectors(path: Path, sha256: str) -> dict[int, LayerVectors]:
-    """Read a file that `write_vectors` wrote.
+def read_layer_tensors(path: Path, sha256: str) -> dict[int, LayerTensors]:
+    """Read a file that `write_layer_tensors` wrote.
 
     Raises:
         CatsError: it is missing, damaged, or another one than the config names.
@@ -117,6 +117,6 @@ def read_vectors(path: Path, sha256: str) -> dict[int, LayerVectors]:
             if match is None:
                 raise CatsError(f"it holds {name!r}.")
             found.setdefault(int(match[1]), {})[match[2]] = tensor
-        return {layer: LayerVectors(**parts) for layer, parts in sorted(found.items())}
+        return {layer: LayerTensors(**parts) for layer, parts in sorted(found.items())}
     except (SafetensorError, CatsError, KeyError, ValueError) as error:
         raise CatsError(f"{path} holds no vectors of a CATS model: {str(error).rstrip('.')}.") from error

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.batches import run_decoder
 from cats_llm.distributed import sum_over_processes
-from cats_llm.model.surgery import dense_function
+from cats_llm.model.contexts import as_dense
 
 # rows at a time: vocabularies are large, and logarithms are taken in float32
 _ROWS = 1024
@@ -59,7 +59,7 @@ def mean_divergence(
     sums = torch.zeros(2, dtype=torch.float64)
     for i, inputs in enumerate(batches):
         if expected is None:
-            with dense_function(model):
+            with as_dense(model):
                 dense = logits_of(model, inputs)
         else:
             dense = expected[i]

@@ -166,15 +166,15 @@ def test_dense_function_is_dense_only_inside(split_or_fused):
     def is_dense() -> bool:
         return torch.equal(logits(model, split_or_fused.ids), split_or_fused.dense_logits)
 
-    with cats_llm.dense_function(model):
-        with cats_llm.dense_function(model):
+    with cats_llm.as_dense(model):
+        with cats_llm.as_dense(model):
             assert is_dense()
         assert is_dense()
     assert not is_dense()
-    with pytest.raises(KeyError), cats_llm.dense_function(model):
+    with pytest.raises(KeyError), cats_llm.as_dense(model):
         raise KeyError
     assert not is_dense()
-    with cats_llm.dense_function(split_or_fused.dense):
+    with cats_llm.as_dense(split_or_fused.dense):
         pass
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import cats_llm
 import families
-from cats_llm import CatsConfig, CatsError, Coverage
-from cats_llm.checkpoint.vectors import LayerVectors, digest, encode, read_vectors, write_vectors
+from cats_llm import CatsConfig, CatsError, TokenPolicy
+from cats_llm.checkpoint.layer_tensors import LayerTensors, digest, encode, read_layer_tensors, write_layer_tensors
 from cats_llm.checkpoint.write import write_checkpoint
 from checkpoints import digests, edit, load, python
 from families import logits
@@ -54,19 +54,19 @@ def weights(folder):
 )
 def test_vectors_that_are_refused(values, message):
     with pytest.raises(CatsError, match=message) as error:
-        LayerVectors(**values)
+        LayerTensors(**values)
     assert str(error.value).endswith(".")
 
 
 def test_a_compensation_may_be_negative():
-    LayerVectors(compensation=torch.tensor([-1.0]))
+    LayerTensors(compensation=torch.tensor([-1.0]))
 
 
 def test_the_file_holds_the_vectors_and_always_the_same_bytes(llama, tmp_path):
     vectors = make_vectors(llama)
     del vectors[1]
-    vectors[7] = LayerVectors(compensation=torch.arange(5.0))
-    write_vectors(tmp_path, vectors)
+    vectors[7] = LayerTensors(compensation=torch.arange(5.0))
+    write_layer_tensors(tmp_path, vectors)
     found = load_file(tmp_path / FILE)
     assert found.keys() == {"0.thresholds", "0.compensation", "7.compensation"}
     assert torch.equal(found["0.thresholds"], vectors[0].thresholds)
@@ -74,7 +74,7 @@ def test_the_file_holds_the_vectors_and_always_the_same_bytes(llama, tmp_path):
     content = encode(dict(reversed(vectors.items())))
     assert content == (tmp_path / FILE).read_bytes()
     assert digest(content) == sha256(tmp_path / FILE)
-    again = read_vectors(tmp_path / FILE, digest(content))
+    again = read_layer_tensors(tmp_path / FILE, digest(content))
     assert list(again) == [0, 7]
     assert torch.equal(again[0].compensation, vectors[0].compensation)
     assert again[7].thresholds is None
@@ -82,12 +82,12 @@ def test_the_file_holds_the_vectors_and_always_the_same_bytes(llama, tmp_path):
 
 def test_another_process_writes_the_same_bytes():
     code = (
-        "import torch, hashlib\nfrom cats_llm.checkpoint.vectors import LayerVectors, encode\n"
-        "v = {i: LayerVectors(torch.arange(4.0), torch.arange(3.0) - 1) for i in range(12)}\n"
+        "import torch, hashlib\nfrom cats_llm.checkpoint.layer_tensors import LayerTensors, encode\n"
+        "v = {i: LayerTensors(torch.arange(4.0), torch.arange(3.0) - 1) for i in range(12)}\n"
         "print(hashlib.sha256(encode(v)).hexdigest())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    same = {i: LayerVectors(torch.arange(4.0), torch.arange(3.0) - 1) for i in range(12)}
+    same = {i: LayerTensors(torch.arange(4.0), torch.arange(3.0) - 1) for i in range(12)}
     assert done.stdout.strip() == hashlib.sha256(encode(same)).hexdigest()
 
 
@@ -99,11 +99,11 @@ def test_another_process_writes_the_same_bytes():
 def test_a_file_of_something_else(tmp_path, tensors):
     save_file(tensors, tmp_path / FILE)
     with pytest.raises(CatsError, match="holds no vectors of a CATS model") as error:
-        read_vectors(tmp_path / FILE, sha256(tmp_path / FILE))
+        read_layer_tensors(tmp_path / FILE, sha256(tmp_path / FILE))
     assert str(error.value).endswith(".")
     (tmp_path / FILE).write_bytes(b"no safetensors")
     with pytest.raises(CatsError, match="holds no vectors of a CATS model"):
-        read_vectors(tmp_path / FILE, sha256(tmp_path / FILE))
+        read_layer_tensors(tmp_path / FILE, sha256(tmp_path / FILE))
 
 
 # the config
@@ -111,7 +111,7 @@ def test_a_file_of_something_else(tmp_path, tensors):
 
 def test_a_config_without_vectors_is_written_as_before(llama):
     config = llama.config
-    empty = CatsConfig(**config.to_dict(), criterion={}, vectors={0: LayerVectors()})
+    empty = CatsConfig(**config.to_dict(), criterion={}, vectors={0: LayerTensors()})
     assert json.dumps(empty.to_dict()) == json.dumps(config.to_dict())
     assert list(config.to_dict()) == [
         "version", "quant_method", "thresholds", "sparsity", "layer_sparsity", "calibration",
@@ -120,7 +120,7 @@ def test_a_config_without_vectors_is_written_as_before(llama):
     assert config.vectors is None
     assert config.vectors_sha256 is None
     assert config.criterion == {}
-    assert config.with_coverage(Coverage(dense_prefill=True)).version == 2
+    assert config.with_coverage(TokenPolicy(dense_prefill=True)).version == 2
 
 
 def test_vectors_stand_in_json_as_a_name_and_a_digest(llama):
@@ -157,7 +157,7 @@ def test_a_config_from_json_cannot_be_used_before_its_file_is_read(llama, tmp_pa
         assert str(error.value).endswith(".")
     assert torch.equal(logits(model, llama.ids), llama.dense_logits)
     assert not (tmp_path / "out").exists()
-    write_vectors(tmp_path, config.vectors)
+    write_layer_tensors(tmp_path, config.vectors)
     again.load_vectors(tmp_path / FILE)
     assert again.vectors_are_loaded
     assert again.to_dict() == config.to_dict()
@@ -192,7 +192,7 @@ def test_a_config_does_not_follow_what_it_was_made_from(llama):
 
 
 def test_coverage_and_vectors_stand_side_by_side(llama):
-    config = vector_config(llama).with_coverage(Coverage(dense_first_tokens=2))
+    config = vector_config(llama).with_coverage(TokenPolicy(dense_first_tokens=2))
     values = config.to_dict()
     assert values["version"] == 3
     assert values["dense_first_tokens"] == 2
@@ -224,7 +224,7 @@ def test_a_record_of_vectors_that_is_refused(record):
 
 def test_vectors_of_an_unknown_layer_are_refused():
     with pytest.raises(CatsError, match="vectors of layer 3, but no threshold"):
-        CatsConfig({0: 0.1}, vectors={3: LayerVectors(torch.ones(2))})
+        CatsConfig({0: 0.1}, vectors={3: LayerTensors(torch.ones(2))})
 
 
 def test_a_criterion_that_is_no_record_is_refused():
@@ -343,7 +343,7 @@ def _flip(folder):
 
 
 def _other(folder):
-    write_vectors(folder, {0: LayerVectors(torch.ones(families.FFN))})
+    write_layer_tensors(folder, {0: LayerTensors(torch.ones(families.FFN))})
 
 
 DAMAGE = {
@@ -367,10 +367,10 @@ def test_a_damaged_checkpoint_is_one_clear_error(llama, folder, damage):
 
 
 def test_vectors_of_a_model_of_another_size_are_refused(llama, folder, tmp_path):
-    other = {0: LayerVectors(compensation=torch.ones(3))}
+    other = {0: LayerTensors(compensation=torch.ones(3))}
     damaged = edit(folder, tmp_path / "edited", lambda e: e["vectors"].update(sha256=digest(encode(other))))
     (damaged / FILE).unlink()
-    write_vectors(damaged, other)
+    write_layer_tensors(damaged, other)
     with pytest.raises(CatsError, match=r"compensation of layer 0 are 3 numbers, but the model needs 64"):
         load(damaged)
 

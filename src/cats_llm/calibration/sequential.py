@@ -77,7 +77,7 @@ class _Pass:
         self.thread.join()
 
 
-def run_in_lockstep(
+def run_layer_by_layer(
     modules: Sequence[nn.Module],
     calls: Sequence[Callable[[], object]],
     decide: Callable[[int, list[Tensor]], None],

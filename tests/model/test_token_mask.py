@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM
 
 import cats_llm
 import families
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.evaluation.sparsity import SparsityCounter
 
 RULES = {
-    "dense prefill": Coverage(dense_prefill=True),
-    "first 3": Coverage(dense_first_tokens=3),
-    "last half": Coverage(last_fraction=0.5),
-    "first 3, last 0.7": Coverage(dense_first_tokens=3, last_fraction=0.7),
+    "dense prefill": TokenPolicy(dense_prefill=True),
+    "first 3": TokenPolicy(dense_first_tokens=3),
+    "last half": TokenPolicy(last_fraction=0.5),
+    "first 3, last 0.7": TokenPolicy(dense_first_tokens=3, last_fraction=0.7),
 }
 
 
@@ -95,7 +95,7 @@ def test_a_prompt_and_its_continuation(cases, name, rule):
 
 def test_one_token_at_a_time_from_the_beginning(split_or_fused):
     case = split_or_fused
-    model = sparse_model(case, Coverage(dense_first_tokens=3))
+    model = sparse_model(case, TokenPolicy(dense_first_tokens=3))
     ids = case.ids[:1, :6]
     with Reference(case, case.config.thresholds) as reference, torch.no_grad():
         cache = expected_cache = None
@@ -121,7 +121,7 @@ def test_padding_on_the_left_is_no_first_token(llama, rule):
 
 
 def test_generate_in_a_padded_batch_equals_one_by_one(llama):
-    model = sparse_model(llama, Coverage(dense_first_tokens=4))
+    model = sparse_model(llama, TokenPolicy(dense_first_tokens=4))
     lengths, width = [9, 3], 9
     ids = llama.ids[:2, :width]
     mask = torch.stack([F.pad(torch.ones(n, dtype=torch.long), (width - n, 0)) for n in lengths])
@@ -132,7 +132,7 @@ def test_generate_in_a_padded_batch_equals_one_by_one(llama):
 
 
 def test_packed_sequences_count_from_their_own_beginning(llama):
-    model = sparse_model(llama, Coverage(dense_first_tokens=2))
+    model = sparse_model(llama, TokenPolicy(dense_first_tokens=2))
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
     with torch.no_grad():
         model(input_ids=llama.ids[:1, :9], position_ids=positions)
@@ -143,7 +143,7 @@ def test_packed_sequences_count_from_their_own_beginning(llama):
 def test_achieved_sparsity_counts_dense_tokens(llama):
     ids = llama.ids
     found = {}
-    for name, coverage in {"all": Coverage(), **RULES}.items():
+    for name, coverage in {"all": TokenPolicy(), **RULES}.items():
         model = sparse_model(llama, coverage)
         counter = SparsityCounter(model)
         with counter, torch.no_grad():
@@ -168,21 +168,21 @@ def test_a_checkpoint_keeps_the_rule(llama, rule, tmp_path):
 def test_all_tokens_leave_the_file_as_it_was(llama):
     values = llama.config.to_dict()
     assert values["version"] == 1
-    assert not values.keys() & Coverage().to_dict().keys()
+    assert not values.keys() & TokenPolicy().to_dict().keys()
 
 
 def test_the_rule_changes_and_goes(llama):
-    model = sparse_model(llama, Coverage(dense_first_tokens=3))
+    model = sparse_model(llama, TokenPolicy(dense_first_tokens=3))
     cats_llm.sparsify(model, copy.deepcopy(llama.config))
     assert torch.equal(families.logits(model, llama.ids), families.logits(llama.sparse(), llama.ids))
-    cats_llm.sparsify(model, llama.config.with_coverage(Coverage(dense_prefill=True)))
+    cats_llm.sparsify(model, llama.config.with_coverage(TokenPolicy(dense_prefill=True)))
     cats_llm.densify(model)
     assert torch.equal(families.logits(model, llama.ids), llama.dense_logits)
     assert not model.get_decoder()._forward_pre_hooks
 
 
 def test_a_copied_model_has_its_own_rule(llama):
-    model = sparse_model(llama, Coverage(dense_first_tokens=3))
+    model = sparse_model(llama, TokenPolicy(dense_first_tokens=3))
     other = copy.deepcopy(model)
     cats_llm.sparsify(model, copy.deepcopy(llama.config))
     assert torch.equal(
@@ -194,7 +194,7 @@ def test_a_copied_model_has_its_own_rule(llama):
 def test_compiled_decoding_with_a_static_cache(llama):
     from transformers.generation import CompileConfig
 
-    model = sparse_model(llama, Coverage(dense_first_tokens=12))
+    model = sparse_model(llama, TokenPolicy(dense_first_tokens=12))
     eager = model.generate(llama.ids[:2, :10], max_new_tokens=6, do_sample=False)
     torch.manual_seed(0)
     config = CompileConfig(mode="default", dynamic=False, fullgraph=True)

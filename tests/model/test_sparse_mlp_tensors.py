@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import cats_llm
-from cats_llm import CatsConfig, CatsError, Coverage, SparseMLP
-from cats_llm.checkpoint.vectors import LayerVectors
+from cats_llm import CatsConfig, CatsError, SparseMLP, TokenPolicy
+from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.kernels import cpu, operators
 from cats_llm.kernels.gpu import dispatch
 from cats_llm.model import sparse_mlp
-from cats_llm.model.surgery import set_thresholds
+from cats_llm.model.sparsify import set_thresholds
 from families import HIDDEN, logits
 from marks import needs_kernels
 from vectors import Reference, gated_mlp, make_vectors, reference_logits, vector_config, vector_model
@@ -52,7 +52,7 @@ def build(fused=False, bias=False, dtype=torch.float32, parts=("thresholds", "co
     vectors = {"thresholds": 0.05 + 0.2 * torch.rand(FFN), "compensation": torch.randn(D)}
     vectors = {part: vectors[part] for part in parts}
     model = nn.Sequential(PlainMLP(fused, bias)).to(dtype)
-    cats_llm.sparsify(model, CatsConfig({0: 0.1}, vectors={0: LayerVectors(**vectors)}))
+    cats_llm.sparsify(model, CatsConfig({0: 0.1}, vectors={0: LayerTensors(**vectors)}))
     return model, vectors.get("thresholds", torch.tensor(0.1)), vectors.get("compensation")
 
 
@@ -189,8 +189,8 @@ def test_as_many_neurons_as_outputs():
     model = nn.Sequential(nn.Module())
     model[0] = mlp = PlainMLP(False, False)
     mlp.gate_proj, mlp.up_proj, mlp.down_proj = (nn.Linear(D, D, bias=False) for _ in range(3))
-    vectors = {0: LayerVectors(torch.rand(D) / 5, torch.randn(D))}
-    cats_llm.sparsify(model, CatsConfig({0: 0.1}, vectors={0: LayerVectors(vectors[0].thresholds)}))
+    vectors = {0: LayerTensors(torch.rand(D) / 5, torch.randn(D))}
+    cats_llm.sparsify(model, CatsConfig({0: 0.1}, vectors={0: LayerTensors(vectors[0].thresholds)}))
     cats_llm.sparsify(model, CatsConfig({0: 0.1}, vectors=vectors))
     assert torch.equal(model[0].threshold, vectors[0].thresholds)
     assert torch.equal(model[0].compensation, vectors[0].compensation)
@@ -207,7 +207,7 @@ def test_what_a_captured_graph_reads_stays_in_its_place():
     before = places()
     model.to("cpu", torch.bfloat16)
     assert places() == before
-    cats_llm.sparsify(model, CatsConfig({0: 0.1}, vectors={0: LayerVectors(threshold * 2, torch.randn(D))}))
+    cats_llm.sparsify(model, CatsConfig({0: 0.1}, vectors={0: LayerTensors(threshold * 2, torch.randn(D))}))
     assert places() == before
     x = clear_of(model, torch.randn(60, D).bfloat16(), mlp.threshold)[:1]
     check(model(x), gated_mlp(mlp, x, mlp.threshold, mlp.compensation))
@@ -277,7 +277,7 @@ def test_compiled_without_a_break_nor_a_new_graph_for_new_vectors(tokens, backen
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     check(compiled(x), gated_mlp(model[0], x, threshold, model[0].compensation))
     address = model[0].compensation.data_ptr()
-    vectors = {0: LayerVectors(threshold.clone(), torch.randn(D))}
+    vectors = {0: LayerTensors(threshold.clone(), torch.randn(D))}
     cats_llm.sparsify(model, CatsConfig({0: 0.2}, vectors=vectors))
     assert model[0].compensation.data_ptr() == address, "a captured graph reads the old place"
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -300,9 +300,9 @@ def test_logits_equal_the_reference(case, parts):
 
 
 RULES = {
-    "dense prefill": Coverage(dense_prefill=True),
-    "first 3": Coverage(dense_first_tokens=3),
-    "last half": Coverage(last_fraction=0.5),
+    "dense prefill": TokenPolicy(dense_prefill=True),
+    "first 3": TokenPolicy(dense_first_tokens=3),
+    "last half": TokenPolicy(last_fraction=0.5),
 }
 
 
@@ -319,7 +319,7 @@ def test_dense_tokens_get_no_compensation(split_or_fused, rule):
 
 def test_one_token_at_a_time_from_the_beginning(split_or_fused):
     case = split_or_fused
-    model = cats_llm.sparsify(case.dense_copy(), vector_config(case).with_coverage(Coverage(dense_first_tokens=3)))
+    model = cats_llm.sparsify(case.dense_copy(), vector_config(case).with_coverage(TokenPolicy(dense_first_tokens=3)))
     ids = case.ids[:1, :6]
     expected = reference_logits(case, vector_config(case), ids=ids, sparse=(torch.arange(6) >= 3)[None])
     cache, steps = None, []
@@ -333,7 +333,7 @@ def test_one_token_at_a_time_from_the_beginning(split_or_fused):
 
 def test_the_dense_function_has_no_compensation(split_or_fused):
     model = vector_model(split_or_fused)
-    with cats_llm.dense_function(model):
+    with cats_llm.as_dense(model):
         assert torch.equal(logits(model, split_or_fused.ids), split_or_fused.dense_logits)
 
 
@@ -380,7 +380,7 @@ def test_only_some_layers_may_have_vectors(llama):
 @pytest.mark.parametrize("part", ["thresholds", "compensation"])
 def test_vectors_of_another_model_leave_the_model_as_it_was(llama, part):
     size = HIDDEN + 1
-    config = CatsConfig(llama.config.thresholds, vectors={1: LayerVectors(**{part: torch.ones(size)})})
+    config = CatsConfig(llama.config.thresholds, vectors={1: LayerTensors(**{part: torch.ones(size)})})
     for model in (llama.dense_copy(), llama.sparse()):
         before = logits(model, llama.ids)
         with pytest.raises(CatsError, match=f"{part} of layer 1 are {size} numbers, but the model needs"):

@@ -8,7 +8,7 @@ from cats_llm.options import Panel, option
 
 
 @dataclass(frozen=True)
-class Coverage:
+class TokenPolicy:
     """Which tokens are thresholded; the others run the dense function. By default all are, as in the paper.
 
     Attributes:
@@ -49,7 +49,7 @@ class Coverage:
     @property
     def all_tokens(self) -> bool:
         """Every token is sparse."""
-        return self == Coverage() or self == Coverage(last_fraction=1.0)
+        return self == TokenPolicy() or self == TokenPolicy(last_fraction=1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.checkpoint.coverage import Coverage
+from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.kernels.backends import backend_of
 from cats_llm.model.structure import decoder_of
 
 
-class TokenCoverage:
+class TokenMask:
     """A forward pre-hook of the decoder, which sees positions and padding; the MLPs ask it what it saw.
 
     Attributes:
@@ -20,7 +20,7 @@ class TokenCoverage:
         sparse: for the call that is running: True (all tokens), False (none), or bool (B, T).
     """
 
-    def __init__(self, coverage: Coverage, decoder: nn.Module) -> None:
+    def __init__(self, coverage: TokenPolicy, decoder: nn.Module) -> None:
         self.coverage = coverage
         self.names = tuple(inspect.signature(decoder.forward).parameters)
         self.sparse: Tensor | bool = True
@@ -50,7 +50,7 @@ class TokenCoverage:
         return value * (sparse.reshape(()) if sparse.numel() == 1 else sparse.unsqueeze(-1))
 
 
-def sparse_tokens(coverage: Coverage, inputs: Mapping[str, Any]) -> Tensor | bool:
+def sparse_tokens(coverage: TokenPolicy, inputs: Mapping[str, Any]) -> Tensor | bool:
     """Which tokens of a decoder's call are sparse.
 
     Positions come from a 2-D attention_mask (so padding on either side does not count), else from 2-D position_ids
@@ -109,24 +109,24 @@ def _simplified(sparse: Tensor) -> Tensor | bool:
     return sparse if 0 < number < sparse.numel() else number > 0
 
 
-def find_coverage(model: nn.Module) -> TokenCoverage | None:
-    """The model's `TokenCoverage`, if it has one."""
-    return next((h for h in decoder_of(model)._forward_pre_hooks.values() if isinstance(h, TokenCoverage)), None)
+def find_token_mask(model: nn.Module) -> TokenMask | None:
+    """The model's `TokenMask`, if it has one."""
+    return next((h for h in decoder_of(model)._forward_pre_hooks.values() if isinstance(h, TokenMask)), None)
 
 
-def set_coverage(model: nn.Module, coverage: Coverage) -> TokenCoverage | None:
-    """Let the decoder note which tokens are sparse; `Coverage` of all tokens takes the hook away.
+def set_token_mask(model: nn.Module, coverage: TokenPolicy) -> TokenMask | None:
+    """Let the decoder note which tokens are sparse; `TokenPolicy` of all tokens takes the hook away.
 
     Returns:
         What the sparse MLPs have to ask; None if all tokens are sparse.
     """
     decoder = decoder_of(model)
     for key, hook in list(decoder._forward_pre_hooks.items()):
-        if isinstance(hook, TokenCoverage):
+        if isinstance(hook, TokenMask):
             del decoder._forward_pre_hooks[key]
             decoder._forward_pre_hooks_with_kwargs.pop(key, None)
     if coverage.all_tokens:
         return None
-    hook = TokenCoverage(coverage, decoder)
+    hook = TokenMask(coverage, decoder)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     return hook

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cats_llm import CatsError
-from cats_llm.calibration.lockstep import run_in_lockstep
+from cats_llm.calibration.sequential import run_layer_by_layer
 
 
 class Stack(nn.Module):
@@ -37,7 +37,7 @@ def runs(stack, inputs, outputs):
 def test_passes_compute_what_they_do_alone_and_are_seen_layer_by_layer(stack):
     inputs = [torch.randn(n, 4) for n in (3, 1, 5)]
     outputs, seen = {}, []
-    run_in_lockstep(list(stack.layers), runs(stack, inputs, outputs), lambda place, xs: seen.append((place, xs)))
+    run_layer_by_layer(list(stack.layers), runs(stack, inputs, outputs), lambda place, xs: seen.append((place, xs)))
     assert [place for place, _ in seen] == [0, 1, 2]
     assert all(torch.equal(a, b) for a, b in zip(seen[0][1], inputs, strict=True))
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_all_passes_go_on_with_what_was_decided(stack):
     def decide(place, xs):
         stack.layers[place].bias.fill_(float(torch.cat(xs).mean()))
 
-    run_in_lockstep(list(stack.layers), runs(stack, inputs, outputs), decide)
+    run_layer_by_layer(list(stack.layers), runs(stack, inputs, outputs), decide)
     whole = torch.cat(inputs)
     with torch.no_grad():
         for layer in stack.layers:
@@ -71,7 +71,7 @@ def test_an_error_of_a_pass_comes_through_and_ends_all(stack, place):
         inputs[1] = torch.randn(2, 4)
         stack.layers[place].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises((RuntimeError, ZeroDivisionError), match=r"shape|division"):
-        run_in_lockstep(list(stack.layers), runs(stack, inputs, {}), lambda *_: None)
+        run_layer_by_layer(list(stack.layers), runs(stack, inputs, {}), lambda *_: None)
     assert threading.active_count() == before
     assert not any(layer._forward_pre_hooks for layer in stack.layers)
 
@@ -84,13 +84,15 @@ def test_an_error_of_the_decision_ends_all(stack):
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        run_in_lockstep(list(stack.layers), runs(stack, [torch.randn(2, 4)] * 4, {}), decide)
+        run_layer_by_layer(list(stack.layers), runs(stack, [torch.randn(2, 4)] * 4, {}), decide)
     assert threading.active_count() == before
 
 
 def test_a_pass_that_skips_a_layer_is_noticed(stack):
     with pytest.raises(CatsError, match="does not call MLP 1 once"):
-        run_in_lockstep([*list(stack.layers)[::2], stack.layers[1]], runs(stack, [torch.randn(2, 4)], {}), lambda *_: 0)
+        run_layer_by_layer(
+            [*list(stack.layers)[::2], stack.layers[1]], runs(stack, [torch.randn(2, 4)], {}), lambda *_: 0
+        )
 
 
 def test_each_pass_finds_its_own_state(stack):
@@ -113,11 +115,11 @@ def test_each_pass_finds_its_own_state(stack):
         return run
 
     state = (lambda: place["now"], lambda value: place.__setitem__("now", value))
-    run_in_lockstep([inner], [call(i) for i in range(4)], lambda *_: None, state)
+    run_layer_by_layer([inner], [call(i) for i in range(4)], lambda *_: None, state)
     assert found == [(i, float(i)) for i in range(4)]
 
 
 def test_nothing_to_run(stack):
     seen = []
-    run_in_lockstep(list(stack.layers), [], lambda place, xs: seen.append((place, xs)))
+    run_layer_by_layer(list(stack.layers), [], lambda place, xs: seen.append((place, xs)))
     assert seen == [(0, []), (1, []), (2, [])]
