@@ -43,7 +43,7 @@ ALWAYS = (
     "moment+sequential+allocate+distill",
 )
 ONCE = ("chess", "norm", "moment", "cats+compensate", "cats+compensate+sequential", "norm+compensate+sequential")
-RIVALS = ("relu", "teal", "teal-greedy", "wina")
+BASELINES = ("relu", "teal", "teal-greedy", "wina")
 
 
 def arguments() -> argparse.Namespace:
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help="of each text; default: all")
     parser.add_argument("--distill-steps", type=int, default=Distillation().steps)
     parser.add_argument("--criteria", help="only these, separated by commas")
-    parser.add_argument("--rivals", default=",".join(RIVALS), help="other methods to measure; '' for none")
+    parser.add_argument("--baselines", "--rivals", default=",".join(BASELINES), help="others' methods; '' for none")
     return parser.parse_args()
 
 
@@ -153,10 +153,10 @@ def main() -> None:
         names = ALWAYS if draw else (*ALWAYS[:1], *ONCE, *ALWAYS[1:])
         for name in args.criteria.split(",") if args.criteria else names:
             variants += [Variant(f"{name} k={k:g}{_of(draw)}", name, fits.config(name, k, draw)) for k in ks]
-        if draw == 0 and args.rivals:
-            rivals = make_variants(model, args.rivals.split(","), ks, batches=fits.batches(0), equal_bytes=True)
-            variants += [v for v in rivals if v.name != "dense"]
-            print("calibrated the rivals", flush=True)
+        if draw == 0 and args.baselines:
+            baselines = make_variants(model, args.baselines.split(","), ks, batches=fits.batches(0), equal_bytes=True)
+            variants += [v for v in baselines if v.name != "dense"]
+            print("calibrated the baselines", flush=True)
         begun = time.perf_counter()
 
         def measure(variants: list[Variant]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import lm_eval
 import torch
@@ -27,17 +26,19 @@ from lm_eval.tasks._index import TaskIndex
 
 from cats_llm import distributed
 from cats_llm.calibration.batches import check_runs
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, first_line
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import digest_json
+from cats_llm.evaluation.local_data import task_folder
 from cats_llm.evaluation.paired import standard_error
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
-from cats_llm.evaluation.tasks import TASK_FILES, task_folder
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.token_mask import find_token_mask
 from cats_llm.model.tokens import check_tokens
 
+# our own tasks, where lm-eval has none, in its format
+_TASK_FILES = Path(__file__).parent / "task_files"
 # resamplings for standard errors that have no formula
 _BOOTSTRAP = 1000
 # what lm-eval calls an exponential of a weighted mean; its samples are (log-likelihood, weight)
@@ -226,7 +227,7 @@ class LmEvalTask(Task):
     def _metrics(self, results: dict[str, Any]) -> list[Metric]:
         """Everything that lm-eval measured, with the scores of documents."""
         higher = results["higher_is_better"]
-        found = []
+        metrics = []
         for key, value in results["results"][self.name].items():
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -235,8 +236,8 @@ class LmEvalTask(Task):
             error = float(error) if isinstance(error, (int, float)) else None
             first = next(iter(self.leaves))
             direction = (higher.get(self.name) or higher[first]).get(metric)
-            found.append(self._metric(results, metric, filter_name, float(value), error, direction is not False))
-        return found
+            metrics.append(self._metric(results, metric, filter_name, float(value), error, direction is not False))
+        return metrics
 
     def _metric(
         self, results: dict[str, Any], metric: str, filter_name: str, value: float, error: float | None, higher: bool
@@ -296,7 +297,7 @@ def _score(metric: str, sample: dict[str, Any]) -> tuple[float, float] | None:
 def _manager() -> TaskManager:
     """All tasks that lm-eval knows, and ours. Reading their files takes seconds."""
     with _quiet():
-        return TaskManager(include_path=str(TASK_FILES))
+        return TaskManager(include_path=str(_TASK_FILES))
 
 
 def load_lm_eval_tasks(
@@ -312,7 +313,7 @@ def load_lm_eval_tasks(
         CatsError: a name is unknown, or its data cannot be loaded.
     """
     manager = _manager()
-    found = []
+    tasks = []
     with task_folder(data_dir, manager) as folder:
         entries = [TaskIndex.entry_from_path(file) for file in folder.iterdir()]
         local = {entry.name: entry for entry in entries if entry is not None}
@@ -324,10 +325,10 @@ def load_lm_eval_tasks(
                     leaves = loaded.get_all_tasks() if isinstance(loaded, Group) else [loaded]
                     inside = all(leaf.task_name in local for leaf in leaves)
                     data = f"local files in {data_dir}" if inside else "the hub"
-                    found.append(LmEvalTask(loaded, manager, data, limit, num_fewshot, apply_chat_template))
+                    tasks.append(LmEvalTask(loaded, manager, data, limit, num_fewshot, apply_chat_template))
         finally:
             manager.task_index.update(stock)
-    return found
+    return tasks
 
 
 def _load(manager: TaskManager, name: str) -> list[Any]:
@@ -338,9 +339,8 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
         try:
             loaded = manager.load([name])
         except Exception as error:  # whatever datasets and tasks raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise CatsError(
-                f"the task {name} cannot be loaded: {reason}; without a hub, pass its data with --data-dir."
+                f"the task {name} cannot be loaded: {first_line(error)}; without a hub, pass its data with --data-dir."
             ) from error
     return [group for group in loaded["groups"].values() if group.name == name] or list(loaded["tasks"].values())
 
@@ -350,12 +350,15 @@ def _quiet() -> Iterator[None]:
     """Keep lm-eval's notes to itself; warnings about what it was made to do are not for our users."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
+    described = evaluator.get_git_commit_hash, evaluator.add_env_info
     logger.setLevel(logging.ERROR)
     try:
         # a log file wants no bars
         bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
         # nor does a result need git's complaints, and the machine's description, which takes seconds, again and again
-        with bars, patch.multiple(evaluator, get_git_commit_hash=lambda: None, add_env_info=lambda storage: None):
+        evaluator.get_git_commit_hash, evaluator.add_env_info = lambda: None, lambda storage: None
+        with bars:
             yield
     finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = described
         logger.setLevel(before)

@@ -21,9 +21,9 @@ from cats_llm.calibration.scores import SCORES
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
-from cats_llm.evaluation import input_allocation, input_calibration
-from cats_llm.evaluation.calibration import Calibration
-from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears, dense_inputs, sparse_inputs
+from cats_llm.evaluation.baselines import teal, teal_greedy, wina
+from cats_llm.evaluation.baselines.input_mask import InputConfig, Rule, decoder_linears, dense_inputs, sparse_inputs
+from cats_llm.evaluation.method_data import MethodData
 from cats_llm.model.contexts import as_dense
 from cats_llm.model.relufy import relu_config
 from cats_llm.model.sparsify import densify, sparse_mlps, sparsify
@@ -41,7 +41,7 @@ class Method:
     Attributes:
         name: for `--method` and result files.
         takes_sparsity: there is one variant a sparsity asked for; else one, whose sparsity follows from the data.
-        configure: (model, calibration, sparsity) -> the config to apply; None if there is nothing to set. The sparsity
+        configure: (model, data, sparsity) -> the config to apply; None if there is nothing to set. The sparsity
             is None where the method takes none.
         applied: (model, config) -> a context in which the model, dense or CATS before, computes the method. What it
             leaves behind must be a model that every other method accepts.
@@ -51,7 +51,7 @@ class Method:
 
     name: str
     takes_sparsity: bool
-    configure: Callable[[nn.Module, Calibration, float | None], Config | None]
+    configure: Callable[[nn.Module, MethodData, float | None], Config | None]
     applied: Callable[[Any, Any], AbstractContextManager[None]]
     dense: Callable[[nn.Module], AbstractContextManager[None]] = as_dense
     unit: str = "neurons"
@@ -63,8 +63,8 @@ def _dense(model: nn.Module, config: None) -> Iterator[None]:
     yield
 
 
-def _cats_config(model: nn.Module, calibration: Calibration, sparsity: float | None) -> CatsConfig:
-    profile = calibration.profile
+def _cats_config(model: nn.Module, data: MethodData, sparsity: float | None) -> CatsConfig:
+    profile = data.profile
     if profile is None:
         raise CatsError("the method cats needs thresholds: pass --profile, or --calibration with a text.")
     if sparsity is None:
@@ -73,15 +73,13 @@ def _cats_config(model: nn.Module, calibration: Calibration, sparsity: float | N
     return profile.config(sparsity)
 
 
-def _criterion_config(
-    criterion: Criterion, model: nn.Module, calibration: Calibration, sparsity: float | None
-) -> CatsConfig:
+def _criterion_config(criterion: Criterion, model: nn.Module, data: MethodData, sparsity: float | None) -> CatsConfig:
     if sparsity is None:
         raise CatsError(f"the method {criterion} needs a sparsity; pass --sparsity 0.5.")
     # each process fits its share, and all get the same
-    mine = calibration.text(str(criterion))[distributed.rank() :: distributed.world_size()]
-    data = calibration.profile.record.get("data") if calibration.profile is not None else None
-    return fit(model, mine, sparsity, criterion, data=data)
+    share = data.text(str(criterion))[distributed.rank() :: distributed.world_size()]
+    name = data.profile.record.get("data") if data.profile is not None else None
+    return fit(model, share, sparsity, criterion, data=name)
 
 
 @contextmanager
@@ -90,7 +88,7 @@ def _cats(model: nn.Module, config: CatsConfig) -> Iterator[None]:
     yield
 
 
-def _relu_config(model: nn.Module, calibration: Calibration, sparsity: float | None) -> CatsConfig:
+def _relu_config(model: nn.Module, data: MethodData, sparsity: float | None) -> CatsConfig:
     return relu_config(model)
 
 
@@ -121,20 +119,19 @@ def _relu_dense(model: nn.Module) -> Iterator[None]:
             mlp.use_activation(activation)
 
 
-@contextmanager
-def _inputs(model: nn.Module, config: InputConfig) -> Iterator[None]:
-    densify(model)
-    with sparse_inputs(model, config):
-        yield
-
-
-def _skips_inputs(name: str, configure: Callable[[nn.Module, Calibration, float], InputConfig]) -> Method:
-    def checked(model: nn.Module, calibration: Calibration, sparsity: float | None) -> InputConfig:
+def _skips_inputs(name: str, configure: Callable[[nn.Module, MethodData, float], InputConfig], rule: Rule) -> Method:
+    def checked(model: nn.Module, data: MethodData, sparsity: float | None) -> InputConfig:
         if sparsity is None:
             raise CatsError(f"the method {name} needs a sparsity; pass --sparsity 0.5.")
-        return configure(model, calibration, sparsity)
+        return configure(model, data, sparsity)
 
-    return Method(name, True, checked, _inputs, dense_inputs, "inputs")
+    @contextmanager
+    def applied(model: nn.Module, config: InputConfig) -> Iterator[None]:
+        densify(model)
+        with sparse_inputs(model, config, rule):
+            yield
+
+    return Method(name, True, checked, applied, dense_inputs, "inputs")
 
 
 METHODS: dict[str, Method] = {
@@ -146,9 +143,9 @@ METHODS: dict[str, Method] = {
         # ReLUfication: act replaced by ReLU, no threshold, no shift
         Method("relu", False, _relu_config, _relu, _relu_dense),
         # inputs of all linear layers, simulated
-        _skips_inputs("teal", input_calibration.teal),
-        _skips_inputs("teal-greedy", input_allocation.teal_greedy),
-        _skips_inputs("wina", input_calibration.wina),
+        _skips_inputs("teal", teal.teal, teal.keep_large),
+        _skips_inputs("teal-greedy", teal_greedy.teal_greedy, teal.keep_large),
+        _skips_inputs("wina", wina.wina, wina.keep_largest),
     )
 }
 
@@ -204,8 +201,8 @@ class Variant:
         config = self.config
         if config is None:
             return None
-        own = _by_name(config.linear_sparsity) if isinstance(config, InputConfig) else config.vectors_sha256
-        return [_by_name(config.thresholds), config.coverage.to_dict(), own]
+        rest = _by_name(config.linear_sparsity) if isinstance(config, InputConfig) else config.vectors_sha256
+        return [_by_name(config.thresholds), config.coverage.to_dict(), rest]
 
 
 def _by_name(values: Mapping[Any, float]) -> dict[str, float]:
@@ -257,24 +254,24 @@ def make_variants(
     """
     coverage = coverage or TokenPolicy()
     suffix = "" if coverage.all_tokens else f" ({coverage})"
-    calibration = Calibration(profile, list(read_batches(model, batches)) if batches is not None else None)
-    made = [Variant("dense")]
+    data = MethodData(profile, list(read_batches(model, batches)) if batches is not None else None)
+    variants = [Variant("dense")]
     for chosen in {chosen.name: chosen for chosen in map(method, methods)}.values():
         name = chosen.name
         if name == "dense":
             continue
-        asked = sorted({k for k in sparsities if k > 0}) if chosen.takes_sparsity else [None]
-        if not asked:
+        targets = sorted({k for k in sparsities if k > 0}) if chosen.takes_sparsity else [None]
+        if not targets:
             raise CatsError(f"the method {name} needs a sparsity above 0; pass --sparsity 0.5, or leave it out.")
-        for k in asked:
+        for k in targets:
             equal = k if equal_bytes and chosen.unit == "inputs" else None
             share = k if equal is None else share_of_inputs(model, equal)
-            config = distributed.broadcast(chosen.configure(model, calibration, share))
+            config = distributed.broadcast(chosen.configure(model, data, share))
             if config is not None:
                 config = config.with_coverage(coverage)
             title = name + ("" if k is None else f" k={k:g}") + ("" if equal is None else " (equal bytes)") + suffix
-            made.append(Variant(title, name, config, equal_bytes=equal))
-    return made
+            variants.append(Variant(title, name, config, equal_bytes=equal))
+    return variants
 
 
 def share_of_inputs(model: nn.Module, sparsity: float) -> float:

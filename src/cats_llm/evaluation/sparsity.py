@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationData, read_batches, run_decoder
-from cats_llm.evaluation.input_sparsity import hooked_inputs
+from cats_llm.evaluation.baselines.input_mask import hooked_inputs
 from cats_llm.kernels.backend import MAX_DECODE_TOKENS
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.sparse_mlp import SparseMLP

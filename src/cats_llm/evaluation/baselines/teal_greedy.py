@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.checkpoint.config import check_sparsity
-from cats_llm.evaluation.calibration import Calibration
-from cats_llm.evaluation.input_calibration import dense_evaluation, distributions, run_decoder, threshold_config
-from cats_llm.evaluation.input_sparsity import InputConfig, SparseInput, below, decoder_linears
+from cats_llm.evaluation.baselines.input_mask import InputConfig, SparseInput, decoder_linears
+from cats_llm.evaluation.baselines.teal import dense_evaluation, distributions, not_below, run_decoder, threshold_config
+from cats_llm.evaluation.method_data import MethodData
 from cats_llm.model.structure import unwrap
 
 # a step skips so much of a decoder layer's weights, but no more than so much of a linear layer's inputs
@@ -30,24 +30,24 @@ _MOST = 0.99
 _TOKENS = 1024
 
 
-def teal_greedy(model: nn.Module, calibration: Calibration, sparsity: float) -> InputConfig:
+def teal_greedy(model: nn.Module, data: MethodData, sparsity: float) -> InputConfig:
     """Thresholds of TEAL, with shares by output error; what was searched for one sparsity serves the next.
 
     Raises:
         CatsError: there is no calibration text, or activations are NaN or infinite.
     """
     check_sparsity(sparsity)
-    learned = distributions("teal-greedy", model, calibration)
-    searches: list[_Search] = calibration.learned.setdefault("searches", [])
+    learned = distributions("teal-greedy", model, data)
+    searches: list[_Search] = data.learned.setdefault("searches", [])
     if not searches:
         for layer in decoder_linears(model).values():
             searches.append(_Search({name: linear for name, linear in layer.items() if name in learned}, learned))
     shares: dict[str, float] = {}
     for search in searches:
         if not search.reaches(sparsity):
-            search.extend(model, calibration, sparsity)
+            search.extend(model, data, sparsity)
         shares |= search.shares(sparsity)
-    return threshold_config(calibration, sparsity, learned, shares)
+    return threshold_config(data, sparsity, learned, shares)
 
 
 class _Search:
@@ -82,7 +82,7 @@ class _Search:
         return {name: before[name] + part * (after[name] - before[name]) for name in before}
 
     @torch.no_grad()
-    def extend(self, model: nn.Module, calibration: Calibration, sparsity: float) -> None:
+    def extend(self, model: nn.Module, data: MethodData, sparsity: float) -> None:
         """Lengthen the path until it skips so many bytes."""
         base = unwrap(model)
         # the decoder layer is what all of its linear layers are in
@@ -90,16 +90,16 @@ class _Search:
         common = takewhile(lambda group: len(set(group)) == 1, parts)
         layer = base.get_submodule(".".join(group[0] for group in common))
         with dense_evaluation(model):
-            calls = _calls(model, layer, calibration)
+            calls = _calls(model, layer, data)
             while not self.reaches(sparsity):
-                found = []
+                trials = []
                 for name, weight in self.weights.items():
                     step = min(_STEP / weight, _MOST_A_STEP, _MOST - self.path[-1][name])
                     if step > 0:
                         trial = self.path[-1] | {name: self.path[-1][name] + step}
                         error = self._error(layer, calls, trial)
-                        found.append(((error - self.error) / (step * weight), error, trial))
-                _, self.error, best = min(found, key=lambda item: item[0])
+                        trials.append(((error - self.error) / (step * weight), error, trial))
+                _, self.error, best = min(trials, key=lambda item: item[0])
                 self.path.append(best)
 
     def _error(self, layer: nn.Module, calls: list["_Call"], shares: Mapping[str, float]) -> float:
@@ -108,7 +108,7 @@ class _Search:
         try:
             for name, share in shares.items():
                 threshold, _ = self.learned[name].threshold(share)
-                handles.append(self.linears[name].register_forward_pre_hook(SparseInput(below(threshold))))
+                handles.append(self.linears[name].register_forward_pre_hook(SparseInput(not_below(threshold))))
             return sum(call.error(layer) for call in calls)
         finally:
             for handle in handles:
@@ -131,7 +131,7 @@ class _Call:
         return float(difference.sum(dtype=torch.float64))
 
 
-def _calls(model: nn.Module, layer: nn.Module, calibration: Calibration) -> list[_Call]:
+def _calls(model: nn.Module, layer: nn.Module, data: MethodData) -> list[_Call]:
     """The calls of a decoder layer on the first tokens of the calibration text."""
     calls: list[_Call] = []
     real: Tensor | None = None
@@ -142,7 +142,7 @@ def _calls(model: nn.Module, layer: nn.Module, calibration: Calibration) -> list
     handle = layer.register_forward_hook(note, with_kwargs=True)
     try:
         left = _TOKENS
-        for batch in calibration.text("teal-greedy"):
+        for batch in data.text("teal-greedy"):
             length = batch["input_ids"].shape[1]
             inputs = {name: value[: max(1, left // length)] for name, value in batch.items()}
             mask = inputs.get("attention_mask")
@@ -157,5 +157,5 @@ def _calls(model: nn.Module, layer: nn.Module, calibration: Calibration) -> list
 
 
 def _tensor(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden_states: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_states

@@ -9,12 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cats_llm.checkpoint.token_policy import TokenPolicy
-from cats_llm.errors import CatsError
-from cats_llm.kernels.definition import keep_mask
 from cats_llm.model.structure import find_gated_mlps, unwrap
 from cats_llm.model.token_mask import TokenMask, set_token_mask
 
@@ -43,6 +40,13 @@ class InputConfig:
         return replace(self, coverage=coverage)
 
 
+Keep = Callable[[Tensor], Tensor]
+"""x, (..., n) -> bool (..., n), the inputs that are not skipped."""
+
+Rule = Callable[[InputConfig, str, nn.Linear], Keep]
+"""What a method keeps of the inputs of a linear layer, given its path and itself."""
+
+
 def decoder_linears(model: nn.Module) -> dict[int, dict[str, nn.Linear]]:
     """All linear layers inside the decoder layers, by layer and path; no embedding and no head.
 
@@ -50,24 +54,24 @@ def decoder_linears(model: nn.Module) -> dict[int, dict[str, nn.Linear]]:
         CatsError: the model has no gated MLP, by which its layers are found.
     """
     base = unwrap(model)
-    found = {}
+    linears = {}
     for mlp in find_gated_mlps(base):
         modules = base.get_submodule(mlp.layer_path).named_modules(prefix=mlp.layer_path)
-        found[mlp.layer] = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-    return found
+        linears[mlp.layer] = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    return linears
 
 
 class SparseInput:
     """A forward pre-hook of a linear layer that zeroes the inputs that it skips.
 
     Attributes:
-        keep: x, (..., n) -> bool (..., n), the inputs that are not skipped.
+        keep: which inputs are not skipped.
         tokens: knows which tokens of the running call are sparse; None if all are.
         enabled: False lets every input through.
         observer: told how many inputs each token skips, int64 (...).
     """
 
-    def __init__(self, keep: Callable[[Tensor], Tensor], tokens: TokenMask | None = None) -> None:
+    def __init__(self, keep: Keep, tokens: TokenMask | None = None) -> None:
         self.keep = keep
         self.tokens = tokens
         self.enabled = True
@@ -87,54 +91,16 @@ class SparseInput:
         return (x.masked_fill(skip, 0), *args[1:])
 
 
-def below(threshold: float) -> Callable[[Tensor], Tensor]:
-    """TEAL's rule: keep what is not smaller than the threshold in magnitude. NaN is kept, and so shows."""
-    limit = torch.tensor(threshold, dtype=torch.float32, device="cpu")  # compares with tensors anywhere
-    return lambda x: keep_mask(x, limit)
-
-
-def smallest(norms: Tensor, share: float) -> Callable[[Tensor], Tensor]:
-    """WINA's rule: keep the inputs with the largest ``|x_i| norms_i`` of each token. NaN counts as large.
-
-    Args:
-        norms: float32 (n,).
-        share: of the n inputs to skip, rounded to a number of them.
-    """
-    kept = len(norms) - round(share * len(norms))
-
-    def keep(x: Tensor) -> Tensor:
-        score = x.abs() * norms.to(x.device)
-        mask = torch.zeros(score.shape, dtype=torch.bool, device=x.device)
-        return mask.scatter_(-1, score.topk(kept, dim=-1, sorted=False).indices, True)
-
-    return keep
-
-
-@torch.no_grad()
-def column_norms(name: str, linear: nn.Linear) -> Tensor:
-    """The Euclidean norm of every column of the weight, float32 (in_features,).
-
-    Raises:
-        CatsError: the weight is not in memory.
-    """
-    if linear.weight.is_meta:
-        raise CatsError(f"wina needs the norms of {name}, which is offloaded; use a smaller --dtype or more memory.")
-    norms: Tensor = torch.linalg.vector_norm(linear.weight.float(), dim=0)
-    return norms
-
-
 @contextmanager
-def sparse_inputs(model: nn.Module, config: InputConfig) -> Iterator[None]:
-    """Let a dense model skip inputs while the context lasts."""
+def sparse_inputs(model: nn.Module, config: InputConfig, rule: Rule) -> Iterator[None]:
+    """Let a dense model skip inputs by a rule while the context lasts."""
     base = unwrap(model)
     handles = []
     try:
         tokens = set_token_mask(base, config.coverage)
-        for name, share in config.linear_sparsity.items():
+        for name in config.linear_sparsity:
             linear: Any = base.get_submodule(name)
-            threshold = config.thresholds.get(name)
-            keep = smallest(column_norms(name, linear), share) if threshold is None else below(threshold)
-            handles.append(linear.register_forward_pre_hook(SparseInput(keep, tokens)))
+            handles.append(linear.register_forward_pre_hook(SparseInput(rule(config, name, linear), tokens)))
         yield
     finally:
         for handle in handles:

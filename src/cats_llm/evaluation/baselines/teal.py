@@ -1,9 +1,8 @@
-"""TEAL and WINA: which inputs of linear layers they skip, learned from the calibration text.
+"""TEAL (arXiv 2408.14690): inputs x_i of a linear layer are skipped where |x_i| is below a threshold of that layer.
 
-TEAL (arXiv 2408.14690) skips the inputs x_i of a linear layer with |x_i| below a threshold of that layer, a quantile of
-the |x_i| of the calibration tokens in the dense model. WINA (arXiv 2505.19427) skips, of every token, the inputs with
-the smallest |x_i| ||W[:, i]||. Both here in every linear layer of the decoder layers, the same share in each (TEAL's
-uniform allocation). Ours: quantiles are exact, where TEAL takes them from a coarser histogram.
+The threshold is a quantile of the |x_i| of the calibration tokens in the dense model. Here in every linear layer of the
+decoder layers, the same share in each (TEAL's uniform allocation); `teal_greedy` allocates. Ours: quantiles are exact,
+where TEAL takes them from a coarser histogram.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,32 +17,38 @@ from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.calibration.histogram import GateHistogram
 from cats_llm.checkpoint.config import check_sparsity
 from cats_llm.errors import CatsError
-from cats_llm.evaluation.calibration import Calibration
-from cats_llm.evaluation.input_sparsity import InputConfig, decoder_linears
+from cats_llm.evaluation.baselines.input_mask import InputConfig, Keep, decoder_linears
+from cats_llm.evaluation.method_data import MethodData
+from cats_llm.kernels.definition import keep_mask
 from cats_llm.model.contexts import as_dense
 from cats_llm.model.structure import decoder_of, execution_device
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
-def teal(model: nn.Module, calibration: Calibration, sparsity: float) -> InputConfig:
+def teal(model: nn.Module, data: MethodData, sparsity: float) -> InputConfig:
     """Thresholds of the same share for every linear layer.
 
     Raises:
         CatsError: there is no calibration text, or activations are NaN or infinite.
     """
-    learned = distributions("teal", model, calibration)
-    return threshold_config(calibration, sparsity, learned, dict.fromkeys(learned, sparsity))
+    learned = distributions("teal", model, data)
+    return threshold_config(data, sparsity, learned, dict.fromkeys(learned, sparsity))
 
 
-def wina(model: nn.Module, calibration: Calibration, sparsity: float) -> InputConfig:
-    """The same share for every linear layer; nothing is learned from data."""
-    names = [name for linears in decoder_linears(model).values() for name in linears]
-    return InputConfig(check_sparsity(sparsity), dict.fromkeys(names, sparsity))
+def keep_large(config: InputConfig, name: str, linear: nn.Linear) -> Keep:
+    """The rule: what is not smaller than the layer's threshold in magnitude is kept."""
+    return not_below(config.thresholds[name])
+
+
+def not_below(threshold: float) -> Keep:
+    """Keep what is not smaller than the threshold in magnitude. NaN is kept, and so shows."""
+    limit = torch.tensor(threshold, dtype=torch.float32, device="cpu")  # compares with tensors anywhere
+    return lambda x: keep_mask(x, limit)
 
 
 def threshold_config(
-    calibration: Calibration,
+    data: MethodData,
     sparsity: float,
     learned: Mapping[str, MagnitudeDistribution],
     shares: Mapping[str, float],
@@ -54,26 +59,26 @@ def threshold_config(
         check_sparsity(sparsity),
         {name: share for name, (_, share) in chosen.items()},
         {name: threshold for name, (threshold, _) in chosen.items()},
-        calibration=calibration.profile.record if calibration.profile is not None else {},
+        calibration=data.profile.record if data.profile is not None else {},
     )
 
 
 @torch.no_grad()
-def distributions(method: str, model: nn.Module, calibration: Calibration) -> dict[str, MagnitudeDistribution]:
+def distributions(method: str, model: nn.Module, data: MethodData) -> dict[str, MagnitudeDistribution]:
     """Of the |x_i| of every linear layer's input, by its path; learned once. 8 MiB a layer and distinct input.
 
     Args:
         method: for the error.
         model: dense, or taken as the dense model it came from.
-        calibration: needs text. Padding does not count.
+        data: needs text. Padding does not count.
 
     Raises:
         CatsError: there is no calibration text, or activations are NaN or infinite.
     """
-    if "inputs" in calibration.learned:
-        known: dict[str, MagnitudeDistribution] = calibration.learned["inputs"]
+    if "inputs" in data.learned:
+        known: dict[str, MagnitudeDistribution] = data.learned["inputs"]
         return known
-    batches = calibration.text(method)
+    batches = data.text(method)
     linears = {name: linear for layer in decoder_linears(model).values() for name, linear in layer.items()}
     leaders = _leaders(model, linears, batches[0])
     histograms = {name: GateHistogram(execution_device(linears[name])) for name in dict.fromkeys(leaders.values())}
@@ -99,9 +104,9 @@ def distributions(method: str, model: nn.Module, calibration: Calibration) -> di
                 f"the inputs of {name} are NaN or infinite; the weights are damaged or the dtype overflows: try "
                 "--dtype float32."
             )
-    found = {name: histogram.distribution(nn.Identity()) for name, histogram in histograms.items()}
-    calibration.learned["inputs"] = {name: found[leader] for name, leader in leaders.items()}
-    return dict(calibration.learned["inputs"])
+    magnitudes = {name: histogram.distribution(nn.Identity()) for name, histogram in histograms.items()}
+    data.learned["inputs"] = {name: magnitudes[leader] for name, leader in leaders.items()}
+    return dict(data.learned["inputs"])
 
 
 def _leaders(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Inputs) -> dict[str, str]:

@@ -10,7 +10,7 @@ from cats_llm.errors import CatsError
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class MethodData:
     """What a user gave to learn from.
 
     Attributes:

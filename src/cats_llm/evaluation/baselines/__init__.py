@@ -1,0 +1,1 @@
+"""Rules of other papers, as readers know them by name, simulated: see `input_mask`."""
