@@ -28,9 +28,9 @@ from cats_llm.calibration.target import SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import FILE, write_layer_tensors
 from cats_llm.evaluation.cache import Cache
-from cats_llm.evaluation.methods import Variant, make_variants
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import run_evaluation
+from cats_llm.evaluation.variants import Variant, make_variants
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.outputs import write_json
 from cats_llm.text import batched, load_sequences
@@ -144,8 +144,8 @@ def main() -> None:
     if args.tasks:
         from cats_llm.evaluation.tasks import build_tasks
 
-        found, means = build_tasks(args.tasks.split(","), args.data_dir, args.limit)
-        tasks += found
+        lm_eval_tasks, means = build_tasks(args.tasks.split(","), args.data_dir, args.limit)
+        tasks += lm_eval_tasks
     ks = [float(k) for k in args.sparsity.split(",")]
     variants = [Variant("dense")]
     draws = [int(draw) for draw in args.draws.split(",")]

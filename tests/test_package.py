@@ -13,13 +13,14 @@ import cats_llm
 SOURCE = Path(cats_llm.__file__).parent
 
 # what each part of the package may import of it, beside itself and what all may use
-ALL_MAY_USE = {"dtypes", "errors", "options", "outputs", "distributed", "checkpoint", "versions"}
+ALL_MAY_USE = {"dtypes", "errors", "formats", "options", "outputs", "distributed", "checkpoint", "versions"}
 GROUND_FLOOR = {"kernels", "dtypes", "errors", "options", "outputs", "distributed"}
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
     "outputs": {"errors"},
     "distributed": {"errors"},
+    "formats": set(),
     "versions": set(),
     "dtypes": set(),
     "kernels": {"dtypes"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "continuation": {"chat", "integrations", "model"},
     "benchmark": {"calibration", "integrations", "kernels", "model"},
     "calibration": {"kernels", "model", "text"},
-    "evaluation": {"calibration", "kernels", "model", "text"},
+    "evaluation": {"calibration", "kernels", "loading", "model", "text"},
     "training": {"calibration", "chat", "evaluation", "loading", "model", "rows", "text"},
     "report": set(),
     "recipes": set(),

@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,28 +14,34 @@ from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_applies, graph_decode
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
 from cats_llm.model.tokens import check_tokens, learned_positions
+from cats_llm.options import option
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen, and how many."""
+
+    max_new_tokens: int = option(128, help="Stop after so many tokens.", minimum=1)
+    temperature: float = option(0.0, help="0 always takes the most likely token.", minimum=0.0)
+    top_p: float = option(1.0, help="Draw from the likeliest tokens of this mass.", minimum=0.0, maximum=1.0)
+    chat: bool = option(False, help="Apply the tokenizer's chat template.")
+    seed: int = option(0, help="Of the random draws, if temperature is above 0.")
+    graph: bool | None = option(
+        None,
+        help="Decode as one CUDA graph, compiled first, for long outputs. Default: on a GPU, without compiling.",
+        flags=("--graph/--no-graph",),
+    )
 
 
 def continue_prompt(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    stream: bool = False,
-    chat: bool = False,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    graph: bool | None = None,
+    model: Any, tokenizer: Any, prompt: str, decoding: Decoding | None = None, *, stream: bool = False
 ) -> dict[str, Any]:
     """Continue a prompt. Of the checkpoint's own generation settings only the special tokens are used.
 
     Args:
+        decoding: with ``graph``, by `graph_decode`, with a static cache; where that is None, if the model is on a GPU
+            and it applies. None: the most likely tokens.
         stream: print the text as it comes.
-        chat: put the prompt into the tokenizer's chat template.
-        temperature: 0 always takes the most likely token.
-        graph: decode by `graph_decode`, with a static cache; None: where the model is on a GPU and it applies.
 
     Returns:
         The text, the number of tokens, and how many came a second.
@@ -45,25 +52,28 @@ def continue_prompt(
     """
     from transformers import set_seed
 
+    decoding = decoding or Decoding()
     check_predicts_tokens(model, "generating text")
-    ids, mask = _encoded(tokenizer, prompt, chat)
+    ids, mask = _encoded(tokenizer, prompt, decoding.chat)
     check_tokens(model, ids, tokenizer)
     length = ids.shape[1]
-    room = max_new_tokens if (limit := learned_positions(model)) is None else min(max_new_tokens, limit - length)
+    room, limit = decoding.max_new_tokens, learned_positions(model)
+    if limit is not None:
+        room = min(room, limit - length)
     if room < 1:
         raise CatsError(f"the prompt has {length} tokens, but the model has learned {limit} positions; shorten it.")
-    set_seed(seed)
+    set_seed(decoding.seed)
     readable = _Readable(tokenizer)
     clock = _Clock(readable if stream else None)
     settings: dict[str, Any] = {"max_new_tokens": room, "do_sample": False}
-    if temperature > 0:
+    if decoding.temperature > 0:
         # top_k 0: all tokens; left out, transformers would take 50
-        settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        settings |= {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     loop: dict[str, Any] = {"streamer": clock}
-    if graph or (graph is None and graph_applies(model)):
+    if decoding.graph or (decoding.graph is None and graph_applies(model)):
         settings["cache_implementation"] = "static"
         # compiling pays only for long outputs, so it has to be asked for
-        settings["disable_compile"] = graph is None
+        settings["disable_compile"] = decoding.graph is None
         # generate does not hand its streamer on to a custom loop
         loop = {"custom_generate": functools.partial(graph_decode, streamer=clock)}
     with torch.no_grad(), text_alone(model), _own_settings(model, settings) as config:

@@ -161,12 +161,28 @@ def option_fields(config: type) -> dict[str, OptionField]:
             kind, several = _value_type(hints[field.name])
             found = {field.name: OptionField(field.name, kind, several, field.default, field.metadata[_KEY])}
         elif dataclasses.is_dataclass(hints[field.name]):
-            found = option_fields(hints[field.name])
+            inside = option_fields(hints[field.name])
+            given = values_of(field.default) if field.default is not MISSING else {}
+            found = {
+                name: dataclasses.replace(part, default=given.get(name, part.default)) for name, part in inside.items()
+            }
         twice = fields.keys() & found.keys()
         if twice:
             raise TypeError(f"{config.__name__} has two options named {', '.join(sorted(twice))}")
         fields |= found
     return fields
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """The values of the options of a dataclass instance by name, those of dataclasses inside it among them."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if _KEY in field.metadata:
+            values[field.name] = value
+        elif dataclasses.is_dataclass(value):
+            values |= values_of(value)
+    return values
 
 
 def build(config: type[T], values: Mapping[str, Any]) -> T:
@@ -175,7 +191,8 @@ def build(config: type[T], values: Mapping[str, Any]) -> T:
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass, which type[T] does not say
         if _KEY not in field.metadata and dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = build(hints[field.name], values)
+            given = values_of(field.default) if field.default is not MISSING else {}
+            arguments[field.name] = build(hints[field.name], {**given, **values})
         elif field.name in values:
             arguments[field.name] = values[field.name]
     return config(**arguments)

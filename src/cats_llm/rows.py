@@ -152,16 +152,16 @@ def _advice(file: Path) -> str:
 
 def _files_in(folder: Path, split: str) -> list[Path]:
     """The texts of a folder and its subfolders, in order, without what systems, editors and tools leave there."""
-    found = []
+    files = []
 
     def refuse(error: OSError) -> None:
         raise CatsError(f"could not read the folder {error.filename}: {error.strerror}.") from error
 
     for parent, subfolders, names in os.walk(folder, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not _is_junk(name)]
-        found += [Path(parent, name) for name in names if not _is_junk(name)]
+        files += [Path(parent, name) for name in names if not _is_junk(name)]
     # a .json file in a folder is about the data, as a rule; a compressed copy is no second text
-    texts = {file for file in found if _suffix(file) in SUFFIXES}
+    texts = {file for file in files if _suffix(file) in SUFFIXES}
     texts = {file for file in texts if file.suffix.lower() != _GZIP or file.with_suffix("") not in texts}
     if not texts:
         raise CatsError(f"the folder {folder} holds no {', '.join(SUFFIXES)} file.")

@@ -23,7 +23,8 @@ from cats_llm.calibration.statistics import BINS, LayerStatistics
 from cats_llm.calibration.target import AUTO, SparsityTarget, sparsity_for_bytes
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
-from cats_llm.evaluation.methods import make_variants, method
+from cats_llm.evaluation.methods import method
+from cats_llm.evaluation.variants import make_variants
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.weight_traffic import bytes_per_token
 

@@ -9,7 +9,7 @@ import transformers
 
 from cats_llm import bundled, continuation
 from cats_llm.cli.main import main
-from cats_llm.continuation import continue_prompt
+from cats_llm.continuation import Decoding, continue_prompt
 from cats_llm.errors import CatsError
 from cats_llm.integrations import generation
 from cats_llm.loading import load_model, load_tokenizer
@@ -95,7 +95,7 @@ def test_settings_in_config_json_do_not_matter(folder, tmp_path, greedy):
 def test_the_models_own_settings_come_back(model, tokenizer, monkeypatch):
     own = transformers.GenerationConfig(num_beams=3, eos_token_id=7)
     monkeypatch.setattr(model, "generation_config", own)
-    continue_prompt(model, tokenizer, "The king", max_new_tokens=2)
+    continue_prompt(model, tokenizer, "The king", Decoding(max_new_tokens=2))
     assert model.generation_config is own
     assert own.num_beams == 3
 
@@ -103,7 +103,7 @@ def test_the_models_own_settings_come_back(model, tokenizer, monkeypatch):
 def test_it_ends_where_the_checkpoint_says(model, tokenizer, greedy, monkeypatch):
     second = tokenizer(greedy, add_special_tokens=False).input_ids[1]
     monkeypatch.setattr(model, "generation_config", transformers.GenerationConfig(eos_token_id=[second, 4000]))
-    assert continue_prompt(model, tokenizer, "The king", max_new_tokens=4)["tokens"] == 2
+    assert continue_prompt(model, tokenizer, "The king", Decoding(max_new_tokens=4))["tokens"] == 2
 
 
 @pytest.mark.parametrize("more", [(), ("--chat",)])
@@ -169,7 +169,7 @@ class Tokenizer:
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_that_the_tokenizer_does_not_know_are_passed_over(model, stream, capsys):
     # a model of 4096 tokens: most of what it says is beyond
-    result = continue_prompt(model, Tokenizer(), "The king", stream=stream, max_new_tokens=5)
+    result = continue_prompt(model, Tokenizer(), "The king", Decoding(max_new_tokens=5), stream=stream)
     assert result["tokens"] == 5
     assert len(result["text"]) < 5
     assert capsys.readouterr().out.startswith("The king") == stream
@@ -193,7 +193,7 @@ def test_learned_positions_end_the_text():
     )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
-    assert continue_prompt(model, Tokenizer(), "twelve chars", max_new_tokens=50)["tokens"] == 4
+    assert continue_prompt(model, Tokenizer(), "twelve chars", Decoding(max_new_tokens=50))["tokens"] == 4
     with pytest.raises(CatsError, match="the prompt has 16 tokens, but the model has learned 16 positions"):
         continue_prompt(model, Tokenizer(), "sixteen letters.")
 
@@ -221,7 +221,7 @@ class TestGraph:
         assert asked["config"].disable_compile is True
 
     def test_compiled_if_asked_for(self, model, tokenizer, asked):
-        continue_prompt(model, tokenizer, "The king", graph=True)
+        continue_prompt(model, tokenizer, "The king", Decoding(graph=True))
         assert "custom_generate" in asked
         assert not asked["config"].disable_compile
 
@@ -229,7 +229,7 @@ class TestGraph:
     def test_not_on_a_cpu_nor_if_refused(self, model, tokenizer, asked, monkeypatch, graph):
         if graph is False:
             monkeypatch.setattr(continuation, "graph_applies", lambda model: True)
-        continue_prompt(model, tokenizer, "The king", graph=graph)
+        continue_prompt(model, tokenizer, "The king", Decoding(graph=graph))
         assert "custom_generate" not in asked
         assert asked["config"].cache_implementation is None
 

@@ -242,7 +242,7 @@ def test_faults_of_the_machine_are_one_sentence(monkeypatch, capsys, fault):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("cats_llm.cli.generate.load_model", fail)
+    monkeypatch.setattr("cats_llm.loading.load_model", fail)
     assert main(["generate", MODEL, "--prompt", "x"]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: {message}"), printed
@@ -261,7 +261,7 @@ def test_faults_of_ours_are_seen_whole(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("cats_llm.cli.generate.load_model", fail)
+    monkeypatch.setattr("cats_llm.loading.load_model", fail)
     with pytest.raises(type(error), match=str(error)):
         main(["generate", MODEL, "--prompt", "x"])
 
@@ -270,7 +270,7 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cats_llm.cli.generate.load_model", interrupt)
+    monkeypatch.setattr("cats_llm.loading.load_model", interrupt)
     assert main(["generate", MODEL, "--prompt", "x"]) == 130
     assert capsys.readouterr().err.strip() == "error: interrupted; no output was written."
 

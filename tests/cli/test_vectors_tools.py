@@ -15,8 +15,9 @@ from cats_llm.checkpoint.write import write_checkpoint
 from cats_llm.cli.main import main
 from cats_llm.evaluation.cache import Cache, digest_model
 from cats_llm.evaluation.perplexity import PerplexityTask
-from cats_llm.evaluation.run import Variant, run_evaluation
+from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.sparsity import SparsityCounter
+from cats_llm.evaluation.variants import Variant
 from cats_llm.model.weight_traffic import bytes_per_token
 from marks import needs_kernels
 from vectors import vector_config, vector_model

@@ -17,10 +17,11 @@ from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.cli.main import app
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.cache import Cache
-from cats_llm.evaluation.methods import METHODS, make_variants, share_of_inputs
+from cats_llm.evaluation.methods import METHODS
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.sparsity import SparsityCounter
+from cats_llm.evaluation.variants import make_variants, share_of_inputs
 from cats_llm.report.results import read_eval
 from cats_llm.text import load_sequences
 

@@ -22,11 +22,11 @@ from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.cli.main import main
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import Cache, digest_model, digest_tokenizer
-from cats_llm.evaluation.methods import Variant, make_variants
-from cats_llm.evaluation.paired import combined, compare, mcnemar, standard_error
+from cats_llm.evaluation.paired import combined, mcnemar, paired_difference, standard_error
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.task import Metric
+from cats_llm.evaluation.variants import Variant, make_variants
 from cats_llm.loading import load_model
 from cats_llm.text import load_sequences
 
@@ -224,7 +224,7 @@ def metric(scores, weights=None, kind="mean", strata=None):
 def test_a_difference_of_accuracies():
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 2, 300).astype(float).tolist() for _ in range(2))
-    found = compare(metric(a), metric(b))
+    found = paired_difference(metric(a), metric(b))
     d = np.array(a) - np.array(b)
     assert found.value == pytest.approx(d.mean())
     assert found.stderr == pytest.approx(stats.sem(d))
@@ -237,7 +237,7 @@ def test_a_difference_of_scores_agrees_with_a_t_test():
     rng = np.random.default_rng(1)
     b = rng.normal(size=60)
     a = b + rng.normal(0.08, 0.3, size=60)
-    found = compare(metric(a.tolist()), metric(b.tolist()))
+    found = paired_difference(metric(a.tolist()), metric(b.tolist()))
     assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue, abs=0.02)
     assert found.stderr == pytest.approx(stats.sem(a - b))
 
@@ -246,7 +246,7 @@ def test_a_difference_of_perplexities():
     rng = np.random.default_rng(2)
     b = rng.normal(3.0, 0.2, size=80)
     a = b + rng.normal(0.02, 0.05, size=80)
-    found = compare(metric(a.tolist(), kind="perplexity"), metric(b.tolist(), kind="perplexity"))
+    found = paired_difference(metric(a.tolist(), kind="perplexity"), metric(b.tolist(), kind="perplexity"))
     assert found.value == pytest.approx(math.exp(a.mean()) - math.exp(b.mean()))
     # the delta method
     assert found.stderr == pytest.approx(stats.sem(np.exp(b.mean()) * (a - b)), rel=0.2)
@@ -256,15 +256,15 @@ def test_a_difference_of_perplexities():
 
 def test_equal_variants_do_not_differ():
     for kind in ("mean", "perplexity"):
-        found = compare(metric([0.1, 0.4, 0.2], kind=kind), metric([0.1, 0.4, 0.2], kind=kind))
+        found = paired_difference(metric([0.1, 0.4, 0.2], kind=kind), metric([0.1, 0.4, 0.2], kind=kind))
         assert (found.value, found.stderr, found.p) == (0.0, pytest.approx(0.0, abs=1e-15), 1.0)
 
 
 def test_no_difference_without_pairs():
-    assert compare(metric([1.0]), metric([1.0])) is None
-    assert compare(metric([1.0, 0.0]), metric([1.0, 0.0, 1.0])) is None
+    assert paired_difference(metric([1.0]), metric([1.0])) is None
+    assert paired_difference(metric([1.0, 0.0]), metric([1.0, 0.0, 1.0])) is None
     opaque = Metric("bleu", 1.0, None, True, 5)
-    assert compare(opaque, opaque) is None
+    assert paired_difference(opaque, opaque) is None
 
 
 def test_the_mean_of_tasks_weighs_them_equally():
@@ -401,7 +401,7 @@ torch.set_num_threads(1)
 rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 from cats_llm import bundled, calibrate
-from cats_llm.evaluation.methods import make_variants
+from cats_llm.evaluation.variants import make_variants
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.tasks import build_tasks

@@ -18,9 +18,9 @@ from cats_llm import bundled
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.evaluation.cache import Cache
 from cats_llm.evaluation.local_data import task_folder
-from cats_llm.evaluation.methods import Variant, make_variants
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
+from cats_llm.evaluation.variants import Variant, make_variants
 from cats_llm.loading import load_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 import cats_llm
 import tiny
 from cats_llm import bundled
-from cats_llm.continuation import continue_prompt
+from cats_llm.continuation import Decoding, continue_prompt
 from cats_llm.errors import CatsError
 from cats_llm.loading import load_tokenizer
 from cats_llm.model.architecture import build_skeleton
@@ -56,14 +56,14 @@ def outcome(model_type: str, tokenizer: object) -> tuple[str, str]:
             model = build(model_type, mrope)
             with torch.no_grad():
                 model(input_ids=torch.randint(3, 4000, (2, 24)))
-                model.generate(torch.randint(3, 4000, (1, 5)), max_new_tokens=2)
+                model.generate(torch.randint(3, 4000, (1, 5)), Decoding(max_new_tokens=2))
         except Exception as error:  # the model's own: either it cannot be made small, or text is not enough for it
             reason = reason or f"{type(error).__name__}: {error}".splitlines()[0][:100]
             continue
         try:
             profile = cats_llm.calibrate(model, torch.randint(3, 4000, (2, 24)))
             cats_llm.sparsify(model, profile.config(0.5))
-            continue_prompt(model, tokenizer, "The king", max_new_tokens=3)
+            continue_prompt(model, tokenizer, "The king", Decoding(max_new_tokens=3))
         except CatsError as error:
             return "refused", str(error)
         return "sparse", f"dense layers: {profile.not_run}" if profile.not_run else ""

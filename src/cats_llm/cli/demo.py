@@ -17,11 +17,11 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.write import write_checkpoint
-from cats_llm.cli import evaluate, options
+from cats_llm.cli import options
 from cats_llm.cli.output import percent, quiet_libraries, show, table, track
-from cats_llm.continuation import continue_prompt
+from cats_llm.continuation import Decoding, continue_prompt
 from cats_llm.errors import CatsError
-from cats_llm.evaluation.evaluate import Evaluation
+from cats_llm.evaluation.evaluate import Evaluation, evaluate
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.model.sparsify import densify, sparsify
 from cats_llm.model.weight_traffic import sparsity_of
@@ -29,7 +29,7 @@ from cats_llm.outputs import check_output, write_folder, write_json
 from cats_llm.report import data as report_data
 from cats_llm.report.extra import require_extra
 from cats_llm.report.html import write_html
-from cats_llm.text import load_sequences
+from cats_llm.text import batched, load_sequences
 
 SPARSITIES = (0.5, 0.7, 0.9)
 PROMPTS = (
@@ -119,11 +119,10 @@ def _run(
 ) -> _Run:
     """Evaluate a model and let it continue every prompt, into ``texts``."""
     heldout = str(bundled.heldout_text())
-    evaluation = evaluate.run(
-        model, tokenizer, heldout, reference=reference, samples=samples, length=_SEQ_LENGTH, batch_size=8
-    )
+    sequences = load_sequences(heldout, tokenizer, _SEQ_LENGTH, samples=samples)
+    evaluation = evaluate(model, batched(track(sequences, "evaluating", samples), 8), reference)
     for prompt, continuations in texts.items():
-        result = continue_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+        result = continue_prompt(model, tokenizer, prompt, Decoding(max_new_tokens))
         continuations[name] = str(result["text"])
     return _Run(name, config, evaluation)
 

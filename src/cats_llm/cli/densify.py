@@ -7,14 +7,15 @@ import typer
 
 from cats_llm.checkpoint.write import write_dense_checkpoint
 from cats_llm.cli import options
+from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, show_left_out, size
+from cats_llm.cli.signature import with_options
 from cats_llm.loading import checkpoint_folder
-from cats_llm.outputs import check_output, write_json
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command(name="densify")(command)
+    app.command(name="densify")(with_options(command))
 
 
 def command(
@@ -23,6 +24,7 @@ def command(
         typer.Argument(metavar="CKPT", help="A CATS checkpoint: a folder, or a name on the hub.", show_default=False),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    results: Results,
     link: Annotated[
         bool,
         typer.Option(
@@ -32,8 +34,6 @@ def command(
         ),
     ] = False,
     revision: options.Revision = None,
-    json: options.JsonFile = None,
-    force: options.Force = False,
 ) -> None:
     """Write the dense model of a CATS checkpoint, for programs that know nothing of CATS.
 
@@ -42,13 +42,10 @@ def command(
 
     Example: **cats densify mistral-cats50 mistral-again --link**
     """
-    for path in (out, json):
-        if path is not None:
-            check_output(path, force)
+    results.check(out)
     quiet_libraries()
-    written = write_dense_checkpoint(checkpoint_folder(checkpoint, revision), out, force, link)
-    if json is not None:
-        write_json(json, {"out": str(out), **vars(written)}, force)
+    written = write_dense_checkpoint(checkpoint_folder(checkpoint, revision), out, results.force, link)
+    results.write({"out": str(out), **vars(written)})
     show_left_out(written.left_out)
     how = "linked" if written.linked else "not linked, since the disk refuses: copied" if link else "copied"
     total = size(sum(written.weights.values()))

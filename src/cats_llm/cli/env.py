@@ -3,28 +3,26 @@
 import typer
 
 from cats_llm.benchmark import machine
-from cats_llm.cli import options
+from cats_llm.cli.options import Results
 from cats_llm.cli.output import show, table
-from cats_llm.outputs import check_output, write_json
+from cats_llm.cli.signature import with_options
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command(name="env")(command)
+    app.command(name="env")(with_options(command))
 
 
-def command(json: options.JsonFile = None, force: options.Force = False) -> None:
+def command(results: Results) -> None:
     """Show versions, the machine, and the kernels and instruction set in use; attach it to a bug report.
 
     CATS_CPU_ISA=avx2 (or another name of `isas`) overrides the instruction set.
 
     Example: **cats env**
     """
-    if json is not None:
-        check_output(json, force)
+    results.check()
     facts = machine.facts()
-    if json is not None:
-        write_json(json, facts, force)
+    results.write(facts)
     rows = table("what", "value")
     for name, value in facts.items():
         pairs = [f"{k} {v}" for k, v in value.items()] if isinstance(value, dict) else value

@@ -51,8 +51,8 @@ for module in (
 ):
     module.add_to(app)
 
-# what a wrong command line raises; typer exports only its subclass
-_UsageError: Any = typer.BadParameter.__mro__[1]
+# what a wrong command line raises; typer exports only a subclass of it
+_UsageError: Any = typer.BadParameter.__base__
 
 _INTERRUPTED = 130
 

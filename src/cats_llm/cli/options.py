@@ -1,7 +1,8 @@
 """Options that several commands share, and what they are turned into."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -9,6 +10,8 @@ from cats_llm import loading
 from cats_llm.checkpoint import config as checkpoint_config
 from cats_llm.errors import CatsError
 from cats_llm.loading import DTYPES
+from cats_llm.options import Panel, option
+from cats_llm.outputs import check_output, write_json
 
 
 def parse_sparsity(text: str) -> float:
@@ -31,6 +34,29 @@ def parse_device(text: str) -> str:
         return loading.parse_device(text)
     except CatsError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where a command writes its results as JSON, and whether its outputs may replace what is there."""
+
+    json: Path | None = option(None, help="Write the results as JSON too.", metavar="FILE", panel=Panel.OUTPUT)
+    force: bool = option(False, help="Replace existing outputs.", panel=Panel.OUTPUT)
+
+    def check(self, *paths: Path | None) -> None:
+        """Refuse, before any long work, what could not be written at the end: the JSON file and other outputs.
+
+        Raises:
+            CatsError: one exists, or its folder does not.
+        """
+        for path in (*paths, self.json):
+            if path is not None:
+                check_output(path, self.force)
+
+    def write(self, results: Any) -> None:
+        """Write the JSON file, if one was asked for."""
+        if self.json is not None:
+            write_json(self.json, results, self.force)
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.", show_default=False)]

@@ -2,11 +2,16 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from cats_llm import distributed
+
+if TYPE_CHECKING:
+    from cats_llm.evaluation.run import Progress as EvaluationProgress
 
 Item = TypeVar("Item")
 _MOST_NAMES = 12
@@ -44,12 +49,34 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
         yield from progress.track(items, description=description, total=total)
 
 
+def notify(message: str) -> None:
+    """Tell the user, once for all processes."""
+    if distributed.rank() == 0:
+        progress_console.print(message)
+
+
+def show_progress(step: "EvaluationProgress") -> None:
+    """Tell the user what was measured, and what time is left."""
+    metric = next(iter(step.measurement.metrics), None)
+    number = "-" if metric is None or metric.value is None else f"{metric.value:.4f}"
+    value = "no metric" if metric is None else f"{metric.name} {number}"
+    how = "known already" if step.cached else f"{step.seconds:.0f} s"
+    left = "" if not step.left else f", about {_duration(step.left)} left"
+    notify(f"[{step.done}/{step.total}] {step.variant} on {step.task}: {value} ({how}){left}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def table(*columns: str) -> Table:
     """A table with the first column to the left and the others, numbers, to the right."""
-    made = Table(header_style="bold")
+    rows = Table(header_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return made
+        rows.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return rows
 
 
 def percent(value: float | None, digits: int = 2) -> str:

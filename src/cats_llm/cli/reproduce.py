@@ -17,13 +17,14 @@ from cats_llm.benchmark.shapes import parse_shape
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
-from cats_llm.cli import evaluate, options, report, reproduce_finetuning
-from cats_llm.cli.output import quiet_libraries, show, table, track
+from cats_llm.cli import options, report, reproduce_finetuning
+from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
 from cats_llm.errors import CatsError
-from cats_llm.evaluation.cache import Cache
-from cats_llm.evaluation.methods import make_variants, method
+from cats_llm.evaluation.cache import Cache, default_cache
+from cats_llm.evaluation.methods import method
 from cats_llm.evaluation.run import run_evaluation
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
+from cats_llm.evaluation.variants import make_variants
 from cats_llm.kernels import cpu
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.structure import find_gated_mlps
@@ -125,7 +126,7 @@ def command(
             batch_size,
             "cpu" if smoke else device,
             smoke,
-            None if smoke or no_cache else Cache(evaluate.default_cache()),
+            None if smoke or no_cache else Cache(default_cache()),
             work,
             resume,
             force or out is None,
@@ -191,8 +192,8 @@ class _Run:
             name=self.recipe.model,
             batch_size=self.batch_size,
             cache=self.cache,
-            progress=evaluate.show_progress,
-            notify=evaluate.notify,
+            progress=show_progress,
+            notify=notify,
             command=command_line(),
         )
         return {"result": result}

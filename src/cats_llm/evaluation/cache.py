@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from cats_llm.outputs import write_json
 
 # parts of the package whose code decides results
 _CODE = ("evaluation", "model", "kernels", "checkpoint", "text.py", "rows.py", "chat.py")
+
+
+def default_cache() -> Path:
+    """Where measurements are kept if the user names no place."""
+    root = os.environ.get("CATS_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "cats-llm") / "eval"
 
 
 class Cache:

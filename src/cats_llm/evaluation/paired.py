@@ -17,7 +17,7 @@ _CHUNK = 4_000_000
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """A variant's value minus the dense model's.
 
     Attributes:
@@ -56,7 +56,7 @@ def standard_error(scores: list[float], weights: list[float], strata: list[int] 
     return math.sqrt(variance) / sum(weights)
 
 
-def compare(variant: Metric, dense: Metric) -> Difference | None:
+def paired_difference(variant: Metric, dense: Metric) -> PairedDifference | None:
     """The difference of a metric, and how sure it is. Document i of one is compared with document i of the other.
 
     For means the standard error is that of the mean of the differences, and the interval a normal one. p comes from
@@ -76,7 +76,7 @@ def compare(variant: Metric, dense: Metric) -> Difference | None:
         draws = _bootstrap(a, b, w)
         low, high = (float(q) for q in draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)))
         p, test = _sign_flips((a - b) * w)
-        return Difference(value, float(draws.std()), low, high, p, test)
+        return PairedDifference(value, float(draws.std()), low, high, p, test)
     error = standard_error((a - b).tolist(), variant.weights, variant.strata)
     if error is None:
         return None
@@ -84,7 +84,7 @@ def compare(variant: Metric, dense: Metric) -> Difference | None:
         p, test = mcnemar(int((a > b).sum()), int((a < b).sum())), "McNemar, exact"
     else:
         p, test = _sign_flips((a - b) * w)
-    return Difference(value, error, value - _Z95 * error, value + _Z95 * error, p, test)
+    return PairedDifference(value, error, value - _Z95 * error, value + _Z95 * error, p, test)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -116,7 +116,7 @@ def _bootstrap(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
     """Differences of perplexity on windows drawn with replacement, float64 (draws,)."""
     draws = max(999, min(_DRAWS, _NUMBERS // len(a)))
     generator = torch.Generator().manual_seed(0)
-    found = []
+    differences = []
     left = draws
     while left:
         rows = max(1, min(left, _CHUNK // len(a)))
@@ -124,9 +124,9 @@ def _bootstrap(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
         weights = w[index]
         total = weights.sum(1)
         perplexities = [((x[index] * weights).sum(1) / total).exp() for x in (a, b)]
-        found.append(perplexities[0] - perplexities[1])
+        differences.append(perplexities[0] - perplexities[1])
         left -= rows
-    return torch.cat(found)
+    return torch.cat(differences)
 
 
 def combined(name: str, metrics: list[Metric]) -> Metric | None:

@@ -139,19 +139,20 @@ class PerplexityTask(Task):
         )
 
     def _metrics(self, tokens: Tensor, nll: Tensor, kl: Tensor, agree: Tensor, compared: bool) -> list[Metric]:
-        found = []
         per = {"perplexity": 1.0}
         if self.size.words:
             per["word_perplexity"] = self.size.tokens / self.size.words
         if self.size.bytes:
             per["byte_perplexity"] = self.size.tokens / self.size.bytes
-        for name, factor in per.items():
-            scores = (nll / tokens * factor).tolist()
-            found.append(_metric(name, "perplexity", scores, tokens.tolist(), False))
+        weights = tokens.tolist()
+        metrics = [
+            _metric(name, "perplexity", (nll / tokens * factor).tolist(), weights, False)
+            for name, factor in per.items()
+        ]
         if compared:
-            found.append(_metric("kl", "mean", (kl / tokens).tolist(), tokens.tolist(), False))
-            found.append(_metric("top1_agreement", "mean", (agree / tokens).tolist(), tokens.tolist(), True))
-        return found
+            metrics.append(_metric("kl", "mean", (kl / tokens).tolist(), weights, False))
+            metrics.append(_metric("top1_agreement", "mean", (agree / tokens).tolist(), weights, True))
+        return metrics
 
 
 def _metric(name: str, kind: str, scores: list[float], weights: list[float], higher: bool) -> Metric:

@@ -12,17 +12,14 @@ from cats_llm import distributed
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import Cache, digest_code, digest_json, digest_model, digest_tokenizer
-from cats_llm.evaluation.methods import METHODS, Variant, make_variants, method
-from cats_llm.evaluation.paired import combined, compare
+from cats_llm.evaluation.methods import METHODS, method
+from cats_llm.evaluation.paired import combined, paired_difference
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
+from cats_llm.evaluation.variants import Variant
+from cats_llm.formats import EVALUATION, EVALUATION_VERSION
 from cats_llm.model.contexts import restoring
 from cats_llm.model.weight_traffic import input_sparsity_of, sparsity_of
 from cats_llm.versions import versions
-
-__all__ = ["FORMAT", "VERSION", "Progress", "Variant", "make_variants", "run_evaluation"]
-
-FORMAT = "cats-eval"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def run_evaluation(
     for task in tasks:
         task.prepare(model, tokenizer)
     batch = BatchSize(batch_size, notify)
-    found: dict[tuple[str, str], Measurement] = {}
+    measurements: dict[tuple[str, str], Measurement] = {}
     keys = _Keys(model, tokenizer) if cache is not None else None
     clock = _Clock(len(variants) * len(tasks))
     with restoring(model):
@@ -104,14 +101,16 @@ def run_evaluation(
                 measured = known or _measure(model, tokenizer, variant, task, batch)
                 if known is None and cache is not None and key is not None and distributed.rank() == 0:
                     cache.save(key, measured)
-                found[variant.name, task.name] = measured
-                clock.tick(task.name, measured.seconds, cached=known is not None, rest=_rest(variants, tasks, found))
+                measurements[variant.name, task.name] = measured
+                clock.tick(
+                    task.name, measured.seconds, cached=known is not None, rest=_rest(variants, tasks, measurements)
+                )
                 if progress is not None:
                     progress(clock.progress(variant.name, task.name, known is not None, measured))
-    results = [row for variant in variants for row in _rows(model, variant, tasks, found, means or {})]
+    results = [row for variant in variants for row in _rows(model, variant, tasks, measurements, means or {})]
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": EVALUATION,
+        "version": EVALUATION_VERSION,
         "model": name or getattr(model.config, "_name_or_path", None) or type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -187,20 +186,20 @@ class _Clock:
         return Progress(self.done, self.total, variant, task, cached, measured.seconds, self.left, measured)
 
 
-def _rest(variants: Sequence[Variant], tasks: Sequence[Task], found: Mapping[tuple[str, str], Any]) -> list[str]:
-    return [task.name for variant in variants for task in tasks if (variant.name, task.name) not in found]
+def _rest(variants: Sequence[Variant], tasks: Sequence[Task], measured: Mapping[tuple[str, str], Any]) -> list[str]:
+    return [task.name for variant in variants for task in tasks if (variant.name, task.name) not in measured]
 
 
 def _rows(
     model: Any,
     variant: Variant,
     tasks: Sequence[Task],
-    found: Mapping[tuple[str, str], Measurement],
+    measurements: Mapping[tuple[str, str], Measurement],
     means: Mapping[str, Sequence[str]],
 ) -> Iterator[dict[str, Any]]:
     """The results of a variant: its tasks, and means over them."""
-    measured = {task.name: found[variant.name, task.name] for task in tasks}
-    dense = {task.name: found["dense", task.name] for task in tasks if ("dense", task.name) in found}
+    measured = {task.name: measurements[variant.name, task.name] for task in tasks}
+    dense = {task.name: measurements["dense", task.name] for task in tasks if ("dense", task.name) in measurements}
     base = variant.model if variant.model is not None else model
     for task, measurement in measured.items():
         others = {metric.name: metric for metric in dense[task].metrics} if task in dense else {}
@@ -231,7 +230,7 @@ def _row(
     dense: Metric | None,
     measured: Measurement,
 ) -> dict[str, Any]:
-    difference = compare(metric, dense) if dense is not None else None
+    difference = paired_difference(metric, dense) if dense is not None else None
     layers = {layer: skipped / seen for layer, (skipped, seen) in sorted(measured.counts.items()) if seen}
     linears = {name: skipped / seen for name, (skipped, seen) in measured.inputs.items() if seen}
     sparsity = input_sparsity_of(model, linears) if linears else sparsity_of(model, layers)

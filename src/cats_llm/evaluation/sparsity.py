@@ -149,11 +149,11 @@ class SparsityCounter:
         if self._real is None:
             return
         real = self._real
-        found: dict[int | str, Tensor] = {_DECODER: torch.stack((torch.zeros_like(real.sum()), real.sum()))}
+        counts: dict[int | str, Tensor] = {_DECODER: torch.stack((torch.zeros_like(real.sum()), real.sum()))}
         for layer, rows in self._rows.items():
             mask = real.to(rows.device)
-            found[layer] = torch.stack((rows.reshape(mask.shape)[mask].sum(), mask.sum()))
-        _add(self._entered, found)
+            counts[layer] = torch.stack((rows.reshape(mask.shape)[mask].sum(), mask.sum()))
+        _add(self._entered, counts)
         self._rows, self._real = {}, None
 
 

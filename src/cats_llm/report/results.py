@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
+from cats_llm.formats import EVALUATION, EVALUATION_VERSION
 from cats_llm.report.wording import short_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-FORMAT = "cats-eval"
-VERSION = 1
 DENSE = "dense"
 
 
@@ -134,7 +133,7 @@ class EvalResult:
 
 def is_eval(values: Any) -> bool:
     """Whether this JSON says of itself that it is a result of `cats eval`."""
-    return isinstance(values, dict) and values.get("format") == FORMAT
+    return isinstance(values, dict) and values.get("format") == EVALUATION
 
 
 def read_eval(values: Mapping[str, Any], path: Path) -> EvalResult:
@@ -149,7 +148,7 @@ def read_eval(values: Mapping[str, Any], path: Path) -> EvalResult:
     """
     top = _Fields(values, path, "")
     version = top.integer("version")
-    if version > VERSION:
+    if version > EVALUATION_VERSION:
         raise CatsError(f"{path} is an evaluation result of version {version}; upgrade cats-llm to read it.")
     variants = [_variant(item) for item in top.items("variants")]
     tasks = [_task(item) for item in top.items("tasks")]
