@@ -10,14 +10,13 @@ from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
-from cats_llm.cli import options
+from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, table, track
 from cats_llm.cli.signature import with_options
 from cats_llm.loading import ModelSource
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.options import Panel
-from cats_llm.outputs import check_output, write_json
 from cats_llm.text import RowFormat, TextSource
 
 
@@ -37,11 +36,13 @@ def command(
             rich_help_panel=Panel.DATA,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The profile to write.", show_default=False, rich_help_panel=Panel.OUTPUT),
+    ],
     sampling: Sampling,
     rows: RowFormat,
-    json: options.JsonFile = None,
-    force: options.Force = False,
+    results: Results,
 ) -> None:
     """Record how large a model's gate activations are, for thresholds at any sparsity.
 
@@ -50,9 +51,7 @@ def command(
     Example: **cats calibrate mistralai/Mistral-7B-v0.1 --data tiiuae/falcon-refinedweb --text-column content
     -o mistral.safetensors**
     """
-    for path in (output, json):
-        if path is not None:
-            check_output(path, force)
+    results.check(output)
     quiet_libraries()
     source = replace(source, device=distributed.join(source.device))
     # before gigabytes of weights are read
@@ -64,10 +63,9 @@ def command(
     profile = calibrate(model, track(batches, "calibrating", sampling.most_batches()), data, tokenizer)
     if distributed.rank() > 0:
         return
-    profile.save(output, force)
+    profile.save(output, results.force)
     summary = summarise(profile)
-    if json is not None:
-        write_json(json, summary, force)
+    results.write(summary)
     show(f"thresholds of {source.model}")
     thresholds = table("layer", *(f"t at {k}" for k in summary["thresholds"]))
     for layer in profile.layers:

@@ -4,108 +4,56 @@ from typing import Annotated, Any
 
 import typer
 
-from cats_llm import bundled
 from cats_llm.calibration.sampling import Sampling
-from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import FILE
-from cats_llm.cli import options
+from cats_llm.cli.options import Results
 from cats_llm.cli.output import percent, quiet_libraries, show, size, table, track
-from cats_llm.evaluation.sparsity import measure_sparsity
-from cats_llm.integrations.transformers import load_vectors
-from cats_llm.loading import load_model, load_skeleton, load_tokenizer
-from cats_llm.model.structure import activation_name, find_gated_mlps
-from cats_llm.model.weight_traffic import bytes_per_token, sparsity_of
-from cats_llm.outputs import check_output, write_json
+from cats_llm.cli.signature import Defaults, Without, with_options
+from cats_llm.inspection import SAMPLING, inspect_model
+from cats_llm.loading import ModelSource
+from cats_llm.options import Panel, values_of
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command(name="inspect")(command)
+    app.command(name="inspect")(with_options(command))
 
 
 def command(
-    model: options.Model,
+    source: ModelSource,
+    sampling: Annotated[Sampling, Defaults(**values_of(SAMPLING)), Without("batch_size", "seed")],
+    results: Results,
     measure: Annotated[
-        bool, typer.Option(help="Run text through a CATS model to measure its sparsity; otherwise no weights are read.")
+        bool,
+        typer.Option(
+            help="Run text through a CATS model to measure its sparsity; otherwise no weights are read.",
+            rich_help_panel=Panel.MEASURING,
+        ),
     ] = True,
     text: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|DATASET", help="Text to measure on. Default: some English prose.", show_default=False
+            metavar="FILE|DATASET",
+            help="Text to measure on. Default: some English prose.",
+            show_default=False,
+            rich_help_panel=Panel.DATA,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="At most so many sequences.")] = 8,
-    seq_length: options.SeqLength = 256,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    device: options.Device = None,
-    dtype: options.Dtype = "auto",
-    json: options.JsonFile = None,
-    force: options.Force = False,
 ) -> None:
     """Show a model's gated MLPs, thresholds, sparsity, and the bytes that decoding one token reads.
 
     Example: **cats inspect mistral-cats50**
     """
-    if json is not None:
-        check_output(json, force)
+    results.check()
     quiet_libraries()
-    skeleton = load_skeleton(model, revision, trust_remote_code)
-    stored = getattr(skeleton.config, "quantization_config", None)
-    config = None
-    if stored is not None:
-        config = stored if isinstance(stored, CatsConfig) else CatsConfig.from_dict(dict(stored))
-        load_vectors(config, model, revision=revision)
-    measured: dict[int, float] = {}
-    if measure and config is not None:
-        loaded = load_model(model, dtype, device, revision, trust_remote_code)
-        tokenizer = load_tokenizer(model, revision, trust_remote_code)
-        source = text or str(bundled.heldout_text())
-        batches = list(Sampling(samples, seq_length).batches(source, tokenizer, loaded))
-        measured = measure_sparsity(loaded, track(batches, "measuring"))
-    facts = _facts(skeleton, config, measured)
-    if json is not None:
-        write_json(json, {"model": model, **facts}, force)
-    _show(model, facts)
+    facts = inspect_model(source, text, sampling, measure=measure, track=track)
+    results.write(facts)
+    _show(facts)
 
 
-def _facts(skeleton: Any, config: CatsConfig | None, measured: dict[int, float]) -> dict[str, Any]:
-    expected = config.layer_sparsity if config else {}
-    shares = measured or expected
-    vectors = (config.vectors if config else None) or {}
-    layers = [
-        {
-            "layer": mlp.layer,
-            "name": mlp.name,
-            "hidden_size": mlp.hidden_size,
-            "intermediate_size": mlp.intermediate_size,
-            "fused": mlp.fused,
-            "activation": activation_name(mlp.activation) or type(mlp.activation).__name__,
-            "threshold": config.thresholds.get(mlp.layer) if config else None,
-            "vectors": vectors[mlp.layer].sizes() if mlp.layer in vectors else {},
-            "expected_sparsity": expected.get(mlp.layer),
-            "measured_sparsity": measured.get(mlp.layer),
-        }
-        for mlp in find_gated_mlps(skeleton)
-    ]
-    return {
-        "class": type(skeleton).__name__,
-        "sparse": config is not None,
-        "target_sparsity": config.sparsity if config else None,
-        "sparsity": vars(sparsity_of(skeleton, shares)),
-        "sparsity_is": "measured" if measured else "expected" if expected else "none",
-        "bytes_per_token": vars(bytes_per_token(skeleton, shares, vectors)),
-        "criterion": (config.criterion or None) if config else None,
-        "calibration": config.calibration if config else None,
-        "coverage": config.coverage.to_dict() if config else None,
-        "tokens": str(config.coverage) if config else None,
-        "layers": layers,
-    }
-
-
-def _show(name: str, facts: dict[str, Any]) -> None:
+def _show(facts: dict[str, Any]) -> None:
     kind = "CATS checkpoint" if facts["sparse"] else "dense model"
-    show(f"{name}: {facts['class']}, {kind}")
+    show(f"{facts['model']}: {facts['class']}, {kind}")
     rows = table("layer", "MLP", "act", "threshold", "expected", "measured")
     for layer in facts["layers"]:
         threshold = "-" if layer["threshold"] is None else f"{layer['threshold']:.5f}"

@@ -76,40 +76,11 @@ Device = Annotated[
 Dtype = Annotated[
     str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")
 ]
-Sparsity = Annotated[
-    float | None,
-    typer.Option(
-        parser=parse_sparsity,
-        metavar="K",
-        show_default=False,
-        help="Share of MLP neurons to skip, from 0 up to (not including) 1.",
-    ),
-]
-CalibrationText = Annotated[
-    str | None,
-    typer.Option(metavar="FILE|DATASET", help="Text to calibrate on, if there is no profile.", show_default=False),
-]
 TextColumn = Annotated[str, typer.Option(help="Where the text or conversation is in .jsonl, .parquet and datasets.")]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub dataset.", show_default=False)]
 Split = Annotated[str, typer.Option(help="Split of a hub dataset, or of a folder laid out as one.")]
 SeqLength = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences computed at a time.")]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        help="Draw the sequences in this random order. Default: in the order of the text.", show_default=False
-    ),
-]
-DensePrefill = Annotated[bool, typer.Option("--dense-prefill", help="Prompts run dense; only decoding is sparse.")]
-DenseFirstTokens = Annotated[
-    int, typer.Option(min=0, help="The first N tokens of every sequence run dense (attention sinks).")
-]
-LastFraction = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0, max=1.0, help="Only this last share of a prompt is sparse, as TEAL measures.", show_default=False
-    ),
-]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.", show_default=False)
 ]

@@ -5,14 +5,13 @@ decoder layers, the same share in each (TEAL's uniform allocation); `teal_greedy
 where TEAL takes them from a coarser histogram.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import Inputs
+from cats_llm.calibration.batches import Inputs, run_decoder
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.calibration.histogram import GateHistogram
 from cats_llm.checkpoint.config import check_sparsity
@@ -21,7 +20,7 @@ from cats_llm.evaluation.baselines.input_mask import InputConfig, Keep, decoder_
 from cats_llm.evaluation.method_data import MethodData
 from cats_llm.kernels.definition import keep_mask
 from cats_llm.model.contexts import as_dense
-from cats_llm.model.structure import decoder_of, execution_device
+from cats_llm.model.structure import eval_mode, execution_device
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
@@ -91,7 +90,7 @@ def distributions(method: str, model: nn.Module, data: MethodData) -> dict[str, 
 
         return count
 
-    with ExitStack() as stack, dense_evaluation(model):
+    with ExitStack() as stack, eval_mode(model), as_dense(model):
         for name, histogram in histograms.items():
             stack.callback(linears[name].register_forward_pre_hook(hook(histogram)).remove)
         for batch in batches:
@@ -122,30 +121,8 @@ def _leaders(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Inputs) 
 
         return note
 
-    with ExitStack() as stack, dense_evaluation(model):
+    with ExitStack() as stack, eval_mode(model), as_dense(model):
         for name, linear in linears.items():
             stack.callback(linear.register_forward_pre_hook(hook(name)).remove)
         run_decoder(model, {"input_ids": batch["input_ids"][:1, :2]})
     return {name: leaders[name] for name in linears if name in leaders}
-
-
-@contextmanager
-def dense_evaluation(model: nn.Module) -> Iterator[None]:
-    """The dense function in eval mode; the modules' modes come back at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with as_dense(model):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def run_decoder(model: nn.Module, batch: Inputs) -> None:
-    """Run text through the decoder, without the head."""
-    decoder: Any = decoder_of(model)
-    device = decoder.get_input_embeddings().weight.device
-    if device.type == "meta":  # offloaded: hooks bring inputs where they belong
-        device = torch.device("cpu")
-    decoder(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats_llm.calibration.batches import run_decoder
 from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.checkpoint.config import check_sparsity
 from cats_llm.evaluation.baselines.input_mask import InputConfig, SparseInput, decoder_linears
-from cats_llm.evaluation.baselines.teal import dense_evaluation, distributions, not_below, run_decoder, threshold_config
+from cats_llm.evaluation.baselines.teal import distributions, not_below, threshold_config
 from cats_llm.evaluation.method_data import MethodData
-from cats_llm.model.structure import unwrap
+from cats_llm.model.contexts import as_dense
+from cats_llm.model.structure import eval_mode, unwrap
 
 # a step skips so much of a decoder layer's weights, but no more than so much of a linear layer's inputs
 _STEP = 0.04
@@ -89,7 +91,7 @@ class _Search:
         parts = zip(*(name.split(".") for name in self.linears), strict=False)
         common = takewhile(lambda group: len(set(group)) == 1, parts)
         layer = base.get_submodule(".".join(group[0] for group in common))
-        with dense_evaluation(model):
+        with eval_mode(model), as_dense(model):
             calls = _calls(model, layer, data)
             while not self.reaches(sparsity):
                 trials = []

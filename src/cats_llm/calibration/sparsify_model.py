@@ -1,0 +1,100 @@
+"""A CATS checkpoint from a dense one, as `cats sparsify` makes it: from names and options to the written folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cats_llm.calibration.profile import Profile
+from cats_llm.calibration.sampling import Sampling
+from cats_llm.calibration.search import Choice, Notify, find_config
+from cats_llm.calibration.target import SparsityTarget
+from cats_llm.checkpoint.tensors import check_tensors
+from cats_llm.checkpoint.write import Written, check_source, write_checkpoint
+from cats_llm.errors import CatsError
+from cats_llm.loading import ModelSource
+from cats_llm.model.architecture import check_reads_text
+from cats_llm.model.structure import find_gated_mlps
+from cats_llm.model.weight_traffic import Sparsity, sparsity_of
+from cats_llm.options import Panel, option
+from cats_llm.text import RowFormat, TextSource
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """Which model is made how sparse, and what it is calibrated on.
+
+    Raises:
+        CatsError: thresholds are to come from nowhere, or from two places.
+    """
+
+    source: ModelSource
+    target: SparsityTarget
+    profile: Path | None = option(None, help="From cats calibrate; then no text is needed.", panel=Panel.SPARSITY)
+    data: str | None = option(
+        None, help="Text to calibrate on, if there is no profile.", metavar="FILE|DATASET", panel=Panel.DATA
+    )
+    rows: RowFormat = RowFormat()
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self) -> None:
+        if (self.profile is None) == (self.data is None):
+            raise CatsError("pass either --profile, or --data to calibrate on.")
+
+
+@dataclass(frozen=True)
+class SparsifiedModel:
+    """What was written.
+
+    Attributes:
+        choice: the config, and what was measured to choose it.
+        sparsity: that the config gave on the calibration tokens.
+        written: the checkpoint's files.
+        unused: weights that were copied, though no part of the model that config.json describes.
+    """
+
+    choice: Choice
+    sparsity: Sparsity
+    written: Written
+    unused: list[str]
+
+
+def sparsify_model(
+    config: SparsifyConfig,
+    out: Path,
+    *,
+    force: bool = False,
+    notify: Notify | None = None,
+    track: Callable[..., Any] = lambda items, *_: items,
+) -> SparsifiedModel:
+    """Calibrate a model, unless a profile says enough, and write its files with a CATS config.
+
+    Args:
+        config: what is made of what.
+        out: the folder to write.
+        force: replace it, if it is there.
+        notify: told in a few words what is being done, where that is more than one pass over the text.
+        track: (items, description, total) -> the items, for a progress bar of that pass.
+
+    Raises:
+        CatsError: the model cannot be made sparse, or not as asked; or from loading, calibrating and writing.
+    """
+    source, target = config.source, config.target
+    # before gigabytes of weights are read
+    skeleton = source.skeleton()
+    check_reads_text(skeleton)
+    find_gated_mlps(skeleton)
+    folder = source.folder()
+    check_source(folder, out)
+    unused = check_tensors(skeleton, folder)
+    target.gate_sparsity(skeleton)  # refuses a number of bytes that cannot be had
+    if config.profile is not None:
+        choice = find_config(skeleton, Profile.load(config.profile), target)
+    else:
+        model, tokenizer = source.load(), source.tokenizer()
+        batches = config.sampling.batches(TextSource(str(config.data), config.rows), tokenizer, model)
+        if target.profile_is_enough:
+            batches = track(batches, "calibrating", config.sampling.most_batches())
+        choice = find_config(model, batches, target, data=config.data, tokenizer=tokenizer, notify=notify)
+    written = write_checkpoint(folder, out, choice.config, force)
+    return SparsifiedModel(choice, sparsity_of(skeleton, choice.config.layer_sparsity), written, unused)

@@ -1,0 +1,87 @@
+"""What a model is made of and what sparsity saves, as `cats inspect` shows it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from cats_llm import bundled
+from cats_llm.calibration.sampling import Sampling
+from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.evaluation.sparsity import measure_sparsity
+from cats_llm.integrations.transformers import load_vectors
+from cats_llm.loading import ModelSource
+from cats_llm.model.structure import activation_name, find_gated_mlps
+from cats_llm.model.weight_traffic import bytes_per_token, sparsity_of
+
+SAMPLING = Sampling(samples=8, seq_length=256)
+"""How much text the sparsity is measured on, unless more is asked for."""
+
+
+def inspect_model(
+    source: ModelSource,
+    text: str | None = None,
+    sampling: Sampling = SAMPLING,
+    *,
+    measure: bool = True,
+    track: Callable[..., Any] = lambda items, *_: items,
+) -> dict[str, Any]:
+    """A model's gated MLPs, thresholds, sparsity, and the bytes that decoding one token reads.
+
+    Args:
+        source: dense or CATS.
+        text: to measure the sparsity of a CATS model on; None takes some English prose.
+        sampling: of the text.
+        measure: False reads no weights and goes by the sparsity at calibration.
+        track: (items, description) -> the items, for a progress bar.
+
+    Returns:
+        Plain values for JSON.
+
+    Raises:
+        CatsError: the model has no gated MLP, or from loading and reading text.
+    """
+    skeleton = source.skeleton()
+    stored = getattr(skeleton.config, "quantization_config", None)
+    config = None
+    if stored is not None:
+        config = stored if isinstance(stored, CatsConfig) else CatsConfig.from_dict(dict(stored))
+        load_vectors(config, source.model, revision=source.revision)
+    measured: dict[int, float] = {}
+    if measure and config is not None:
+        model = source.load()
+        batches = list(sampling.batches(text or str(bundled.heldout_text()), source.tokenizer(), model))
+        measured = measure_sparsity(model, track(batches, "measuring"))
+    return {"model": source.model, **_facts(skeleton, config, measured)}
+
+
+def _facts(skeleton: Any, config: CatsConfig | None, measured: dict[int, float]) -> dict[str, Any]:
+    expected = config.layer_sparsity if config else {}
+    shares = measured or expected
+    vectors = (config.vectors if config else None) or {}
+    layers = [
+        {
+            "layer": mlp.layer,
+            "name": mlp.name,
+            "hidden_size": mlp.hidden_size,
+            "intermediate_size": mlp.intermediate_size,
+            "fused": mlp.fused,
+            "activation": activation_name(mlp.activation) or type(mlp.activation).__name__,
+            "threshold": config.thresholds.get(mlp.layer) if config else None,
+            "vectors": vectors[mlp.layer].sizes() if mlp.layer in vectors else {},
+            "expected_sparsity": expected.get(mlp.layer),
+            "measured_sparsity": measured.get(mlp.layer),
+        }
+        for mlp in find_gated_mlps(skeleton)
+    ]
+    return {
+        "class": type(skeleton).__name__,
+        "sparse": config is not None,
+        "target_sparsity": config.sparsity if config else None,
+        "sparsity": vars(sparsity_of(skeleton, shares)),
+        "sparsity_is": "measured" if measured else "expected" if expected else "none",
+        "bytes_per_token": vars(bytes_per_token(skeleton, shares, vectors)),
+        "criterion": (config.criterion or None) if config else None,
+        "calibration": config.calibration if config else None,
+        "coverage": config.coverage.to_dict() if config else None,
+        "tokens": str(config.coverage) if config else None,
+        "layers": layers,
+    }
