@@ -30,6 +30,7 @@ from cats_llm.checkpoint.layer_tensors import FILE, write_layer_tensors
 from cats_llm.evaluation.cache import Cache
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import run_evaluation
+from cats_llm.evaluation.task import TaskOptions
 from cats_llm.evaluation.variants import Variant, make_variants
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.outputs import write_json
@@ -144,7 +145,7 @@ def main() -> None:
     if args.tasks:
         from cats_llm.evaluation.tasks import build_tasks
 
-        lm_eval_tasks, means = build_tasks(args.tasks.split(","), args.data_dir, args.limit)
+        lm_eval_tasks, means = build_tasks(args.tasks.split(","), args.data_dir, TaskOptions(args.limit))
         tasks += lm_eval_tasks
     ks = [float(k) for k in args.sparsity.split(",")]
     variants = [Variant("dense")]

@@ -19,6 +19,7 @@ from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.evaluation.cache import Cache
 from cats_llm.evaluation.local_data import task_folder
 from cats_llm.evaluation.run import run_evaluation
+from cats_llm.evaluation.task import TaskOptions
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.evaluation.variants import Variant, make_variants
 from cats_llm.loading import load_model
@@ -271,7 +272,7 @@ def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, profile, data, mo
 def test_generation_tasks_run_and_count(model, tokenizer, profile, tmp_path):
     rows = [{"article": f"The {t} was lost. A fox found it.", "highlights": f"A fox found the {t}."} for t in THINGS]
     write_jsonl(tmp_path / "cats_cnn_dailymail.jsonl", rows)
-    tasks, _ = build_tasks(["cats_cnn_dailymail"], tmp_path, limit=3)
+    tasks, _ = build_tasks(["cats_cnn_dailymail"], tmp_path, TaskOptions(limit=3))
     result = run_evaluation(model, tokenizer, make_variants(model, ["cats"], [0.5], profile), tasks, batch_size=3)
     row = next(r for r in result["results"] if r["variant"] == "cats k=0.5" and r["metric"] == "rouge1")
     assert row["n"] == result["tasks"][0]["documents"] == 3
@@ -344,12 +345,12 @@ def test_splits_of_local_data(data, tmp_path):
     rows = (data / "piqa.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "validation.jsonl").write_text("".join(rows[:2]), encoding="utf-8")
     (folder / "train.jsonl").write_text("".join(rows[2:]), encoding="utf-8")
-    ((task,), _) = build_tasks(["piqa"], tmp_path, num_fewshot=1)
+    ((task,), _) = build_tasks(["piqa"], tmp_path, TaskOptions(num_fewshot=1))
     assert task.describe()["documents"] == 2
     assert len(list(task.loaded.training_docs())) == 3
     before = task.content()
     (folder / "train.jsonl").write_text("".join(rows[3:]), encoding="utf-8")
-    ((task,), _) = build_tasks(["piqa"], tmp_path, num_fewshot=1)
+    ((task,), _) = build_tasks(["piqa"], tmp_path, TaskOptions(num_fewshot=1))
     assert task.content() != before, "the examples in the prompt are part of the content"
 
 

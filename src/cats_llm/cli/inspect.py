@@ -22,7 +22,7 @@ def add_to(app: typer.Typer) -> None:
 def command(
     source: ModelSource,
     sampling: Annotated[Sampling, Defaults(**values_of(SAMPLING)), Without("batch_size", "seed")],
-    results: Results,
+    *,
     measure: Annotated[
         bool,
         typer.Option(
@@ -39,6 +39,7 @@ def command(
             rich_help_panel=Panel.DATA,
         ),
     ] = None,
+    results: Results,
 ) -> None:
     """Show a model's gated MLPs, thresholds, sparsity, and the bytes that decoding one token reads.
 

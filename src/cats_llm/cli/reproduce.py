@@ -23,6 +23,7 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation.cache import Cache, default_cache
 from cats_llm.evaluation.methods import method
 from cats_llm.evaluation.run import run_evaluation
+from cats_llm.evaluation.task import TaskOptions
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.evaluation.variants import make_variants
 from cats_llm.kernels import cpu
@@ -175,7 +176,7 @@ class _Run:
         tasks: list[Task] = []
         means: dict[str, list[str]] = {}
         if isinstance(plan, EvaluationPlan):
-            tasks, means = build_tasks(plan.tasks, self.data_dir, None, plan.num_fewshot)
+            tasks, means = build_tasks(plan.tasks, self.data_dir, TaskOptions(num_fewshot=plan.num_fewshot))
         model = load_model(str(self.recipe.model), dtype, device, self.recipe.revision)
         tokenizer = load_tokenizer(str(self.recipe.model), self.recipe.revision)
         profile = self._profile(model, tokenizer)

@@ -7,6 +7,7 @@ from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.methods import METHODS
+from cats_llm.evaluation.task import TaskOptions
 from cats_llm.evaluation.tasks import TASK_SETS
 from cats_llm.loading import ModelSource
 from cats_llm.options import Panel, option
@@ -78,13 +79,7 @@ class EvaluationConfig:
         panel=Panel.SPARSITY,
     )
     coverage: TokenPolicy = TokenPolicy()
-    limit: int | None = option(None, help="At most so many documents a task.", minimum=1, panel=Panel.MEASURING)
-    num_fewshot: int | None = option(
-        None, help="Examples in the prompts. Default: each task's own.", minimum=0, panel=Panel.MEASURING
-    )
-    apply_chat_template: bool = option(
-        False, help="Put the tasks' prompts into the chat template.", panel=Panel.MEASURING
-    )
+    task_options: TaskOptions = TaskOptions()
     samples: int | None = option(
         None, help="At most so many windows of a text. Default: all.", minimum=1, panel=Panel.MEASURING
     )

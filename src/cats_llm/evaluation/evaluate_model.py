@@ -87,9 +87,7 @@ def _tasks(config: EvaluationConfig) -> tuple[list[Task], dict[str, list[str]]]:
         )
         for name, path in config.text_names().items()
     ]
-    tasks, means = build_tasks(
-        config.tasks, config.data_dir, config.limit, config.num_fewshot, config.apply_chat_template
-    )
+    tasks, means = build_tasks(config.tasks, config.data_dir, config.task_options)
     return texts + tasks, means
 
 

@@ -32,7 +32,7 @@ from cats_llm.evaluation.cache import digest_json
 from cats_llm.evaluation.local_data import task_folder
 from cats_llm.evaluation.paired import standard_error
 from cats_llm.evaluation.sparsity import SparsityCounter
-from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
+from cats_llm.evaluation.task import Measurement, Metric, Subject, Task, TaskOptions
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.token_mask import find_token_mask
 from cats_llm.model.tokens import check_tokens
@@ -119,28 +119,13 @@ class LmEvalTask(Task):
         loaded: lm-eval's object.
         manager: lm-eval's TaskManager.
         data: where the documents come from, for people.
-        limit: at most so many documents a task.
-        num_fewshot: examples in the prompt; None takes the task's own number.
-        apply_chat_template: put prompts into the tokenizer's chat template.
+        options: how it is run.
     """
 
     kind = "lm_eval"
 
-    def __init__(
-        self,
-        loaded: Any,
-        manager: TaskManager,
-        data: str,
-        limit: int | None = None,
-        num_fewshot: int | None = None,
-        apply_chat_template: bool = False,
-    ) -> None:
-        self.loaded = loaded
-        self.manager = manager
-        self.data = data
-        self.limit = limit
-        self.num_fewshot = num_fewshot
-        self.apply_chat_template = apply_chat_template
+    def __init__(self, loaded: Any, manager: TaskManager, data: str, options: TaskOptions) -> None:
+        self.loaded, self.manager, self.data, self.options = loaded, manager, data, options
         self.group = isinstance(loaded, Group)
         self.leaves = {task.task_name: task for task in (loaded.get_all_tasks() if self.group else [loaded])}
         self.name = loaded.name if self.group else loaded.task_name
@@ -149,7 +134,7 @@ class LmEvalTask(Task):
         """Check that the model predicts tokens, and that a chat template is there, if one is asked for."""
         check_predicts_tokens(model, f"the task {self.name}")
         check_runs(model)
-        if self.apply_chat_template and not tokenizer.chat_template:
+        if self.options.apply_chat_template and not tokenizer.chat_template:
             raise CatsError("the tokenizer has no chat template; leave out --apply-chat-template.")
 
     def describe(self) -> dict[str, Any]:
@@ -159,14 +144,14 @@ class LmEvalTask(Task):
             "kind": self.kind,
             "data": self.data,
             "documents": sum(self._documents(leaf) for leaf in self.leaves.values()),
-            "limit": self.limit,
-            "num_fewshot": self.num_fewshot,
+            "limit": self.options.limit,
+            "num_fewshot": self.options.num_fewshot,
             "task_version": str(self.loaded.version if self.group else self.loaded.VERSION),
             "subtasks": list(self.leaves) if self.group else [],
         }
 
     def _documents(self, leaf: Any) -> int:
-        return min(len(leaf.eval_docs), self.limit or sys.maxsize)
+        return min(len(leaf.eval_docs), self.options.limit or sys.maxsize)
 
     def versions(self) -> dict[str, str]:
         """Of lm-eval."""
@@ -182,17 +167,17 @@ class LmEvalTask(Task):
         return {
             "kind": self.kind,
             "leaves": self._digests,
-            "limit": self.limit,
-            "num_fewshot": self.num_fewshot,
-            "chat": self.apply_chat_template,
+            "limit": self.options.limit,
+            "num_fewshot": self.options.num_fewshot,
+            "chat": self.options.apply_chat_template,
         }
 
     def _digest(self, leaf: Any) -> str:
         config = {k: v for k, v in leaf.dump_config().items() if not k.startswith(("dataset_", "metadata"))}
         # functions without source show where they are in memory
         parts = [re.sub(r"0x[0-9a-f]+", "", str(sorted(config.items())))]
-        parts += [digest_json(doc) for doc in islice(leaf.eval_docs, self.limit)]
-        shots = self.num_fewshot if self.num_fewshot is not None else config.get("num_fewshot")
+        parts += [digest_json(doc) for doc in islice(leaf.eval_docs, self.options.limit)]
+        shots = self.options.num_fewshot if self.options.num_fewshot is not None else config.get("num_fewshot")
         if shots and (leaf.has_training_docs() or config.get("fewshot_split")):
             parts += [digest_json(doc) for doc in leaf.fewshot_docs()]
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
@@ -210,10 +195,10 @@ class LmEvalTask(Task):
                 model=CatsLM(subject, BatchSize(1) if single else batch, counter),
                 tasks=[self.loaded],
                 task_manager=self.manager,
-                num_fewshot=self.num_fewshot,
-                limit=self.limit,
+                num_fewshot=self.options.num_fewshot,
+                limit=self.options.limit,
                 bootstrap_iters=_BOOTSTRAP,
-                apply_chat_template=self.apply_chat_template,
+                apply_chat_template=self.options.apply_chat_template,
             )
         metrics = self._metrics(results) if results is not None else []
         return Measurement(
@@ -300,13 +285,7 @@ def _manager() -> TaskManager:
         return TaskManager(include_path=str(_TASK_FILES))
 
 
-def load_lm_eval_tasks(
-    names: Sequence[str],
-    data_dir: Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    apply_chat_template: bool = False,
-) -> list[LmEvalTask]:
+def load_lm_eval_tasks(names: Sequence[str], data_dir: Path | None, options: TaskOptions) -> list[LmEvalTask]:
     """Load tasks by name or YAML file, see `cats_llm.evaluation.tasks.build_tasks`.
 
     Raises:
@@ -325,7 +304,7 @@ def load_lm_eval_tasks(
                     leaves = loaded.get_all_tasks() if isinstance(loaded, Group) else [loaded]
                     inside = all(leaf.task_name in local for leaf in leaves)
                     data = f"local files in {data_dir}" if inside else "the hub"
-                    tasks.append(LmEvalTask(loaded, manager, data, limit, num_fewshot, apply_chat_template))
+                    tasks.append(LmEvalTask(loaded, manager, data, options))
         finally:
             manager.task_index.update(stock)
     return tasks

@@ -1,6 +1,5 @@
 """Run variants of one model on tasks, and gather everything into one result."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -92,7 +91,7 @@ def run_evaluation(
     batch = BatchSize(batch_size, notify)
     measurements: dict[tuple[str, str], Measurement] = {}
     keys = _Keys(model, tokenizer) if cache is not None else None
-    clock = _Clock(len(variants) * len(tasks))
+    clock = _Clock([task.name for _ in variants for task in tasks])
     with restoring(model):
         for variant in variants:
             for task in tasks:
@@ -102,11 +101,9 @@ def run_evaluation(
                 if known is None and cache is not None and key is not None and distributed.rank() == 0:
                     cache.save(key, measured)
                 measurements[variant.name, task.name] = measured
-                clock.tick(
-                    task.name, measured.seconds, cached=known is not None, rest=_rest(variants, tasks, measurements)
-                )
+                step = clock.tick(variant.name, known is not None, measured)
                 if progress is not None:
-                    progress(clock.progress(variant.name, task.name, known is not None, measured))
+                    progress(step)
     results = [row for variant in variants for row in _rows(model, variant, tasks, measurements, means or {})]
     return {
         "format": EVALUATION,
@@ -165,29 +162,27 @@ class _Keys:
 
 
 class _Clock:
-    """Estimates the time left from what the same tasks took before."""
+    """Estimates the time left from what the same tasks took before.
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    Args:
+        steps: the task of every measurement, in their order.
+    """
+
+    def __init__(self, steps: Sequence[str]) -> None:
+        self.steps = steps
         self.done = 0
         self.taken: dict[str, float] = {}
-        self.left: float | None = None
-        self.started = time.perf_counter()
 
-    def tick(self, task: str, seconds: float, cached: bool, rest: list[str]) -> None:
+    def tick(self, variant: str, cached: bool, measured: Measurement) -> Progress:
+        task = self.steps[self.done]
         self.done += 1
         if not cached:
-            self.taken[task] = seconds
+            self.taken[task] = measured.seconds
+        left = None
         if self.taken:
             usual = sum(self.taken.values()) / len(self.taken)
-            self.left = sum(self.taken.get(name, usual) for name in rest)
-
-    def progress(self, variant: str, task: str, cached: bool, measured: Measurement) -> Progress:
-        return Progress(self.done, self.total, variant, task, cached, measured.seconds, self.left, measured)
-
-
-def _rest(variants: Sequence[Variant], tasks: Sequence[Task], measured: Mapping[tuple[str, str], Any]) -> list[str]:
-    return [task.name for variant in variants for task in tasks if (variant.name, task.name) not in measured]
+            left = sum(self.taken.get(name, usual) for name in self.steps[self.done :])
+        return Progress(self.done, len(self.steps), variant, task, cached, measured.seconds, left, measured)
 
 
 def _rows(

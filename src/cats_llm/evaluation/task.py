@@ -10,6 +10,7 @@ from torch import nn
 
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.batch import BatchSize
+from cats_llm.options import Panel, option
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,19 @@ class Subject:
     tokenizer: Any
     reference: nn.Module | None
     dense: Callable[[nn.Module], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks of lm-eval are run."""
+
+    limit: int | None = option(None, help="At most so many documents a task.", minimum=1, panel=Panel.MEASURING)
+    num_fewshot: int | None = option(
+        None, help="Examples in the prompts. Default: each task's own.", minimum=0, panel=Panel.MEASURING
+    )
+    apply_chat_template: bool = option(
+        False, help="Put the tasks' prompts into the chat template.", panel=Panel.MEASURING
+    )
 
 
 class Task(ABC):

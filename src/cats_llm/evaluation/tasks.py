@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cats_llm.errors import CatsError
-from cats_llm.evaluation.task import Task
+from cats_llm.evaluation.task import Task, TaskOptions
 
 TASK_SETS: dict[str, tuple[str, ...]] = {
     # the paper's table of zero-shot accuracies
@@ -36,20 +36,14 @@ def expand(names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def build_tasks(
-    names: Sequence[str],
-    data_dir: Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    apply_chat_template: bool = False,
+    names: Sequence[str], data_dir: Path | None = None, options: TaskOptions = TaskOptions()
 ) -> tuple[list[Task], dict[str, list[str]]]:
     """Tasks of lm-eval, ready for `run_evaluation`.
 
     Args:
         names: of our sets (`TASK_SETS`), of lm-eval's tasks, groups and tags, or paths of YAML files.
         data_dir: local data in the place of the hub's, see `cats_llm.evaluation.local_data.local_files`.
-        limit: at most so many documents a task.
-        num_fewshot: examples in the prompt; None takes each task's own number.
-        apply_chat_template: put prompts into the tokenizer's chat template.
+        options: how the tasks are run.
 
     Returns:
         The tasks, and by name the sets whose mean accuracy is of interest, for ``means``.
@@ -64,4 +58,4 @@ def build_tasks(
     except ImportError as error:
         raise CatsError(f"tasks need lm-eval ({error}): pip install 'cats-llm[eval]'.") from error
     wanted, means = expand(names)
-    return [*load_lm_eval_tasks(wanted, data_dir, limit, num_fewshot, apply_chat_template)], means
+    return [*load_lm_eval_tasks(wanted, data_dir, options)], means
