@@ -29,22 +29,22 @@ from typing import Any
 import torch
 import transformers
 
-from cats_llm import bundled
+from cats_llm import bundled, formats
 from cats_llm.benchmark import machine
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.evaluate import exp, score_sequences
-from cats_llm.evaluation.paired import compare
+from cats_llm.evaluation.paired import paired_difference
 from cats_llm.evaluation.task import Metric
 from cats_llm.loading import default_device, load_model, load_tokenizer
 from cats_llm.outputs import write_file, write_json
 from cats_llm.report.training import Point, TrainingRun, curves, read_training
 from cats_llm.text import batched, load_sequences, read_documents, shuffled, token_sequences
-from cats_llm.training.data import Example, collator
-from cats_llm.training.run import Data, apply_method, train
-from cats_llm.training.settings import RUNS_FORMAT, RUNS_VERSION, Settings
-from cats_llm.training.trainer import arguments
+from cats_llm.training.config import TrainingConfig
+from cats_llm.training.data import Data, Example
+from cats_llm.training.methods import apply_method
+from cats_llm.training.trainer import train, trainer_arguments
 
 VARIANTS: tuple[tuple[str, float | None], ...] = (
     ("dense", None), ("cats", 0.5), ("cats", 0.7), ("cats", 0.9), ("relu", None),
@@ -127,8 +127,8 @@ class Texts:
 
         def sequences(texts: list[str], count: int, seed: int | None = None) -> list[Example]:
             cut: Iterable[torch.Tensor] = token_sequences(texts, tokenizer, length)
-            found = islice(cut if seed is None else shuffled(cut, seed), count)
-            return [{"input_ids": ids, "labels": ids} for ids in found]
+            drawn = islice(cut if seed is None else shuffled(cut, seed), count)
+            return [{"input_ids": ids, "labels": ids} for ids in drawn]
 
         self.train = sequences(training, needed)
         self.validation = sequences(books[:1], args.heldout_samples, args.seed)
@@ -157,7 +157,6 @@ class Benchmark:
         args.out.mkdir(parents=True, exist_ok=True)
         self.tokenizer = load_tokenizer(args.model)
         self.model = load_model(args.model, "float32", args.device)
-        self.collate = collator()
         self.texts = Texts(args, self.tokenizer)
         sequences = load_sequences(
             str(bundled.calibration_text()), self.tokenizer, args.seq_length, samples=256, seed=0
@@ -167,8 +166,8 @@ class Benchmark:
         self.profile = Profile(profile.layers, profile.record | {"model": Path(args.model).name})
         self.scores: dict[tuple[str, str], list[float]] = {}
         self.results: dict[str, Any] = {
-            "format": RUNS_FORMAT,
-            "version": RUNS_VERSION,
+            "format": formats.FINETUNING_RUNS,
+            "version": formats.FINETUNING_VERSION,
             "model": Path(args.model).name,
             "command": shlex.join(["python", *(Path(a).name if Path(a).exists() else a for a in sys.argv)]),
             "machine": machine.facts(),
@@ -187,7 +186,7 @@ class Benchmark:
         args = self.args
         model = copy.deepcopy(self.model)
         apply_method(model, method, None if k is None else self.profile.config(k))
-        settings = Settings(
+        config = TrainingConfig(
             method=method,
             steps=steps,
             learning_rate=rate,
@@ -204,9 +203,9 @@ class Benchmark:
         }
         measured = self.texts.heldout if group else self.texts.validation
         with tempfile.TemporaryDirectory() as folder:
-            made = arguments(settings, Path(folder), args.device)
-            made.eval_on_start = group is not None
-            log = train(model, Data(self.texts.train, measured, [], self.collate, record), settings, made)
+            arguments = trainer_arguments(config, Path(folder), args.device)
+            arguments.eval_on_start = group is not None
+            log = train(model, Data(self.texts.train, measured, [], record), config, arguments)
         if group:
             log["group"] = group
             model.eval()
@@ -227,10 +226,10 @@ class Benchmark:
             tried = {}
             for rate in args.rates:
                 log = self.run(method, k, rate, short, None)
-                found = log["evaluations"][-1]["perplexity"]
-                tried[rate] = math.inf if found is None else found
+                perplexity = log["evaluations"][-1]["perplexity"]
+                tried[rate] = math.inf if perplexity is None else perplexity
                 self.results["search"].append(
-                    {"name": log["name"], "learning_rate": rate, "steps": short, "validation_perplexity": found}
+                    {"name": log["name"], "learning_rate": rate, "steps": short, "validation_perplexity": perplexity}
                 )
                 if len(self.results["search"]) == 1:
                     steps = len(VARIANTS) * (len(args.rates) * short + args.steps + short)
@@ -248,13 +247,14 @@ class Benchmark:
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Each method's final perplexity beside ReLU's and the dense model's, paired by sequence."""
-        made = []
+        comparisons = []
         for (group, name), scores in self.scores.items():
             for other in ("relu", "dense"):
                 if name != other:
-                    difference = compare(_metric(scores), _metric(self.scores[group, other]))
-                    made.append({"group": group, "name": name, "to": other, **(vars(difference) if difference else {})})
-        return made
+                    difference = paired_difference(_metric(scores), _metric(self.scores[group, other]))
+                    test = vars(difference) if difference else {}
+                    comparisons.append({"group": group, "name": name, "to": other, **test})
+        return comparisons
 
     def save(self) -> None:
         """Write the result, the table and, if it can be drawn, the figure."""

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from cats_llm.errors import CatsError
-from cats_llm.training.yes_no import TASKS, write_instructions
+from cats_llm.training.classification_data import TASKS, write_instructions
 
 
 def main() -> None:

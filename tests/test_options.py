@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from cats_llm.checkpoint.config import check_sparsity
-from cats_llm.cli.signature import Defaults, Without, with_options
+from cats_llm.cli.signature import Defaults, Help, Without, with_options
 from cats_llm.errors import CatsError
 from cats_llm.options import build, from_mapping, option, option_fields
 
@@ -112,7 +112,19 @@ def test_a_command_may_have_other_defaults_and_fewer_options():
     assert result.exit_code == 2
 
 
-@pytest.mark.parametrize("mark", [Defaults(colour="red"), Without("colour")])
+def test_a_command_may_say_what_an_option_means_in_it():
+    def explains(seen):
+        def inner(config: Annotated[Inner, Help(column="Of a table.")]) -> None:
+            """Do it."""
+
+        return inner
+
+    _, result = call(["--help"], explains)
+    assert "Of a table." in result.output
+    assert "A column." not in result.output
+
+
+@pytest.mark.parametrize("mark", [Defaults(colour="red"), Without("colour"), Help(colour="Red.")])
 def test_a_mark_for_an_option_that_is_not_there_is_a_mistake_of_ours(mark):
     def command(config: Annotated[Inner, mark]) -> None:
         """Nothing."""
@@ -170,6 +182,27 @@ def test_a_wrong_section_is_one_sentence(values, said):
 def test_a_section_cannot_set_what_it_may_not():
     with pytest.raises(CatsError, match="column is unknown"):
         from_mapping(Inner, {"name": "n", "column": "c"}, "part.", without=["column"])
+
+
+def test_a_section_may_hold_what_is_read_elsewhere():
+    values = {"name": "n", "value": [1, 2]}
+    config = from_mapping(Config, values, "part.", beside=["value"], computed={"computed": [3]})
+    assert (config.inner, config.computed) == (Inner("n"), [3])
+    with pytest.raises(CatsError, match="valeu is unknown; did you mean value"):
+        from_mapping(Inner, {"name": "n", "valeu": 1}, "part.", beside=["value"])
+
+
+def test_what_a_dataclass_refuses_is_said_with_the_place():
+    @dataclass(frozen=True)
+    class Even:
+        number: int = option(help="")
+
+        def __post_init__(self):
+            if self.number % 2:
+                raise CatsError("number is odd.")
+
+    with pytest.raises(CatsError, match=r"^f.yaml: part.number is odd.$"):
+        from_mapping(Even, {"number": 3}, "f.yaml: part.")
 
 
 def test_fields_tell_their_types_and_defaults():

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "evaluation": {"calibration", "kernels", "loading", "model", "text"},
     "training": {"calibration", "chat", "evaluation", "loading", "model", "rows", "text"},
     "report": set(),
-    "recipes": set(),
+    "recipes": {"benchmark", "bundled", "calibration", "evaluation", "kernels", "loading", "model", "text", "training"},
 }
 
 

@@ -81,6 +81,12 @@ def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
         tensor.copy_(moved)
 
 
+def leave() -> None:
+    """Leave the other processes at the end of a program, if there are any."""
+    if _running():
+        dist.destroy_process_group()
+
+
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
 

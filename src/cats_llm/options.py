@@ -24,6 +24,8 @@ class Panel:
 
     DATA = "Model and data"
     SPARSITY = "What is sparse"
+    TRAINING = "Training"
+    LORA = "LoRA"
     MEASURING = "Measuring"
     OUTPUT = "Output"
 
@@ -198,7 +200,14 @@ def build(config: type[T], values: Mapping[str, Any]) -> T:
     return config(**arguments)
 
 
-def from_mapping(config: type[T], values: Mapping[Any, Any], place: str, without: Collection[str] = ()) -> T:
+def from_mapping(
+    config: type[T],
+    values: Mapping[Any, Any],
+    place: str,
+    without: Collection[str] = (),
+    beside: Collection[str] = (),
+    computed: Mapping[str, Any] | None = None,
+) -> T:
     """The dataclass from a section of a YAML file.
 
     Args:
@@ -206,17 +215,21 @@ def from_mapping(config: type[T], values: Mapping[Any, Any], place: str, without
         values: the section.
         place: what error sentences begin with, before the name of the key, as "recipe.yaml: finetuning.".
         without: options that the section cannot set.
+        beside: other keys of the section, which are read elsewhere.
+        computed: fields that are no options.
 
     Raises:
-        CatsError: a key is unknown or missing, or a value is not what it should be.
+        CatsError: a key is unknown or missing, a value is not what it should be, or the dataclass refuses the values
+            together; what it says begins with a key then.
     """
     fields = {name: field for name, field in option_fields(config).items() if name not in without}
+    known = sorted({*fields, *beside})
     for key in values:
-        if key not in fields:
-            near = get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known here are {', '.join(sorted(fields))}."
+        if key not in known:
+            near = get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known here are {', '.join(known)}."
             raise CatsError(f"{place}{key} is unknown; {hint}")
-    read: dict[str, Any] = {}
+    read = dict(computed or {})
     for name, field in fields.items():
         if name in values:
             try:
@@ -226,7 +239,10 @@ def from_mapping(config: type[T], values: Mapping[Any, Any], place: str, without
                 raise CatsError(f"{place}{name} {what}.") from error
         elif field.default is MISSING:
             raise CatsError(f"{place}{name} is missing; it should be {field.expected}.")
-    return build(config, read)
+    try:
+        return build(config, read)
+    except CatsError as error:
+        raise CatsError(f"{place}{error}") from error
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:

@@ -7,18 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
 import yaml
 
 from cats_llm import recipes
-from cats_llm.cli import reproduce, reproduce_finetuning
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.tasks import TASK_SETS
-from cats_llm.recipes import Expected, compare
-from cats_llm.training.yes_no import TASKS
+from cats_llm.options import option_fields
+from cats_llm.recipes import Expected, Quantity, compare, finetuning, reproduce
+from cats_llm.text import RowFormat
+from cats_llm.training.classification_data import TASKS
+from cats_llm.training.config import DataConfig, TrainingConfig
 from marks import needs_kernels
 
 # copied by hand from where they were published, digit by digit
@@ -48,7 +51,7 @@ def numbers(name):
     """What a recipe expects, without its sources."""
     made = recipes.find(name)
     assert all(item.source for item in made.expected)
-    return {item.label: item.value for item in made.expected}
+    return {item.of.label: item.value for item in made.expected}
 
 
 @pytest.mark.parametrize("model", QUALITY)
@@ -103,10 +106,14 @@ def test_fine_tuning_has_the_settings_of_the_paper(name):
     task = FINETUNING[name]
     plan = recipes.find(name).plan
     assert list(plan.runs) == ["dense", "cats k=0.5", "cats k=0.7", "cats k=0.9", "relu"]
-    assert (plan.learning_rate, plan.batch_size, plan.seq_length) == (1e-5, 16, 1024)
-    assert (plan.instructions, plan.epochs) == (task, None if task is None else 1)
+    assert (plan.training.learning_rate, plan.training.batch_size, plan.reading.seq_length) == (1e-5, 16, 1024)
+    assert (plan.instructions, plan.training.epochs) == (task, None if task is None else 1)
     if task is None:
-        assert (plan.data, plan.text_column, plan.steps) == ("tiiuae/falcon-refinedweb", "content", 1350)
+        assert (plan.data, plan.reading.rows.text_column, plan.training.steps) == (
+            "tiiuae/falcon-refinedweb",
+            "content",
+            1350,
+        )
     # "CATS converges faster and ends better than ReLU", at every sparsity
     for k in (0.5, 0.7, 0.9):
         assert numbers(name)[f"cats k={k}: perplexity_over_relu"] == (0, 1)
@@ -127,8 +134,8 @@ def test_recipes_of_the_package_are_right(name):
     reproduce.check(made)
     assert files("cats_llm.recipes").joinpath(f"{name}.yaml").is_file()
     if made.calibration is not None:
-        assert (made.calibration.data, made.calibration.text_column) == ("tiiuae/falcon-refinedweb", "content")
-        assert made.calibration.seq_length == 1024
+        assert (made.calibration.data, made.calibration.rows.text_column) == ("tiiuae/falcon-refinedweb", "content")
+        assert made.calibration.sampling.seq_length == 1024
 
 
 def test_documents_for_smoke_runs_are_one_of_each_answer():
@@ -190,8 +197,8 @@ def recipe(tmp_path):
 def test_a_recipe_by_path(recipe):
     made = recipes.find(recipe(GOOD))
     assert made.name == "mine"
-    assert made.calibration == recipes.Calibration("text.txt")
-    assert made.expected == (Expected(0.5, "somebody", "cats k=0.5", "piqa", "acc"),)
+    assert made.calibration == recipes.CalibrationSection("text.txt")
+    assert made.expected == (Expected(0.5, "somebody", Quantity("cats k=0.5", "piqa", "acc")),)
     assert recipes.find(recipe(DECODE)).expected[0].value == (1.0, 2.0)
 
 
@@ -254,6 +261,18 @@ def test_what_is_wrong_is_one_sentence_with_the_place(recipe, capsys, values, pa
     assert error.count("\n") == 1
     assert "mine.yaml" in error
     assert re.search(says, error), error
+
+
+def test_a_section_takes_every_option_of_fine_tuning(recipe):
+    defaults = {
+        name: field.default if field.default is not None else 2
+        for name, field in {**option_fields(DataConfig), **option_fields(TrainingConfig)}.items()
+        if name not in ("method", "micro_batch", "calibration", "epochs")
+    }
+    values = defaults | {"heldout": "h.txt", "dataset_config": "en", "targets": ["q_proj"], "rank": 8}
+    plan = recipes.find(recipe(TUNE | {"finetuning": TUNE["finetuning"] | values})).plan
+    assert plan.reading == DataConfig("h.txt", rows=RowFormat(dataset_config="en"), samples=2)
+    assert plan.training == TrainingConfig(steps=2, targets=("q_proj",), rank=8)
 
 
 @pytest.mark.parametrize(
@@ -323,13 +342,13 @@ def test_differences():
     rows = [{"metric": "acc", "value": 0.7, "stderr": 0.01}, {"metric": "f1", "value": 0.1, "stderr": None}]
     common = {"variant": "dense", "task": "t", "sparsity": {"model": 0.2}}
     result = {"results": [common | row for row in rows]}
-    items = [Expected(0.6, "", "dense", "t", m) for m in ("acc", "f1", "model_sparsity", "em")]
+    items = [Expected(0.6, "", Quantity("dense", "t", m)) for m in ("acc", "f1", "model_sparsity", "em")]
     acc, f1, share, missing = compare(items, result=result)
     assert (acc.measured, acc.stderr, acc.difference) == (0.7, 0.01, pytest.approx(0.1))
     assert (f1.measured, f1.difference) == (0.1, pytest.approx(-0.5))
     assert (share.measured, share.difference) == (0.2, pytest.approx(-0.4))
     assert (missing.measured, missing.difference) == (None, None)
-    ranges = [Expected(value, "", layer=1) for value in ((1, 3), (3, 4), (0, 1))]
+    ranges = [Expected(value, "", Quantity(layer=1)) for value in ((1, 3), (3, 4), (0, 1))]
     inside, below, above = compare(ranges, thresholds={1: 2.0})
     assert (inside.difference, below.difference, above.difference) == (0, -1, 1)
 
@@ -339,7 +358,8 @@ def test_a_number_over_all_lengths_is_their_geometric_mean():
         {"contestant": "k = 0.5", "tokens": n, "speedup_over_stock": {"median": s}, "tokens_per_second": 5.0}
         for n, s in ((8, 1.0), (9, 4.0))
     ]
-    items = [Expected(2, "", contestant="k = 0.5", measure="speedup_over_stock", tokens=n) for n in (None, 8, 9)]
+    of = Quantity(contestant="k = 0.5", measure="speedup_over_stock")
+    items = [Expected(2, "", replace(of, tokens=n)) for n in (None, 8, 9)]
     found = compare(items, bench={"benchmark": "decode", "rows": rows})
     assert [item.measured for item in found] == [pytest.approx(2.0), 1.0, 4.0]
 
@@ -350,7 +370,8 @@ def test_fine_tuning_is_compared_with_relu_at_the_same_steps():
         return {"name": name, "evaluations": entries}
 
     logs = [run("relu", 20, 15, 12, 10), run("a", 30, 14, 13, 8), run("b", 9, 8, 8, None), run("c", 7)]
-    items = [Expected(1, "", variant=v, measure=m) for v in "abcd" for m in ("perplexity_over_relu", "ahead_of_relu")]
+    measures = ("perplexity_over_relu", "ahead_of_relu")
+    items = [Expected(1, "", Quantity(variant=v, measure=m)) for v in "abcd" for m in measures]
     found = [item.measured for item in compare(items, training={"runs": logs})]
     assert found == [0.8, pytest.approx(2 / 3), None, None, None, None, None, None]
 
@@ -393,8 +414,8 @@ def test_smoke_of_quality(name, tmp_path):
     for number, item in zip(
         json.loads((out / "comparison.json").read_text())["numbers"], recipes.find(name).expected, strict=True
     ):
-        if item.metric == "acc":
-            values = [by_place[item.variant, task, "acc"]["value"] for task in TASK_SETS["paper8"]]
+        if item.of.metric == "acc":
+            values = [by_place[item.of.variant, task, "acc"]["value"] for task in TASK_SETS["paper8"]]
             assert number["measured"] == pytest.approx(sum(values) / 8)
         else:
             # the bundled model's MLPs hold 77 % of its linear weights
@@ -434,7 +455,7 @@ def test_smoke_of_fine_tuning(name, tmp_path, capsys):
 
 
 def test_resuming_is_of_the_same_fine_tuning(tmp_path, capsys):
-    reproduce_finetuning.begin(tmp_path, recipes.find("finetune-mistral-7b"), resume=False)
+    finetuning.begin(tmp_path, recipes.find("finetune-mistral-7b"), resume=False)
     line = ["reproduce", "finetune-cola-mistral-7b", "--smoke", "--resume", "--out", str(tmp_path)]
     assert main(line) == 1
     assert "was begun with another recipe" in capsys.readouterr().err

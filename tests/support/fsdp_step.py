@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import cats_llm
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.training.adapters import add_adapters
-from cats_llm.training.run import apply_method
-from cats_llm.training.settings import Settings
+from cats_llm.training.config import TrainingConfig
+from cats_llm.training.methods import apply_method
 
 
 def step(model, ids):
@@ -42,7 +42,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
     layers = [mlp.layer for mlp in cats_llm.find_gated_mlps(model)]
     apply_method(model, "cats", CatsConfig(thresholds=dict.fromkeys(layers, float(sys.argv[2])), sparsity=0.5))
-    model = add_adapters(model, Settings(rank=4, dropout=0.0)).train()
+    model = add_adapters(model, TrainingConfig(rank=4, dropout=0.0)).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from cats_llm.cli.main import main
-from cats_llm.training.run import CatsTrainer
+from cats_llm.training.trainer import CatsTrainer
 
 _init, _save = AcceleratorState.__init__, CatsTrainer.save_model
 

@@ -20,10 +20,13 @@ import cats_llm
 from cats_llm import CatsError, bundled
 from cats_llm.cli.main import main
 from cats_llm.kernels import cpu
-from cats_llm.loading import load_model, load_tokenizer
-from cats_llm.text import RowFormat, load_sequences
-from cats_llm.training import prepare
-from cats_llm.training.run import resumed_config
+from cats_llm.loading import ModelSource, load_model, load_tokenizer
+from cats_llm.options import option_fields
+from cats_llm.text import load_sequences
+from cats_llm.training.config import DataConfig, FinetuneConfig, TrainingConfig
+from cats_llm.training.data import read_data
+from cats_llm.training.finetune import finetune as finetune_in_python
+from cats_llm.training.methods import resumed_config
 from checkpoints import save_with_tokenizer
 from marks import needs_kernels
 
@@ -66,6 +69,11 @@ def finetune(base, out, **changes):
     left = out.with_name(f"{out.name}.training")
     assert not left.exists() or [path.name for path in left.iterdir()] == ["tensorboard"]
     return json.loads((out / "finetune.json").read_text(encoding="utf-8"))
+
+
+def read(source, tokenizer, samples):
+    config = DataConfig(seq_length=32, samples=samples, heldout_samples=4, calibration_samples=4)
+    return read_data(str(source), config, tokenizer, 0, True)
 
 
 def losses(log):
@@ -274,6 +282,38 @@ def test_thresholds_may_come_from_a_profile(base, tmp_path):
     assert cats_llm.thresholds(model) == cats_llm.Profile.load(profile).config(0.5).thresholds
 
 
+def test_python_gives_what_the_command_gives(runs, base, tmp_path):
+    _, log = runs["merged"]
+    settings = TrainingConfig(
+        steps=8, batch_size=4, rank=RANK, alpha=ALPHA, learning_rate=1e-2, eval_every=4,
+    )  # fmt: skip
+    config = FinetuneConfig(
+        ModelSource(str(base), device="cpu"), tmp_path / "out", str(TEXT), 0.7, training=settings,
+        reading=DataConfig(seq_length=32, heldout_samples=4, calibration_samples=4),
+    )  # fmt: skip
+    lines = []
+    written = finetune_in_python(config, notify=lines.append)
+    assert json.loads(json.dumps(written)) == json.loads((tmp_path / "out" / "finetune.json").read_text("utf-8"))
+    same = json.loads((tmp_path / "out" / "finetune.json").read_text("utf-8"))
+    for entry in (same, log):
+        for thresholds in entry["thresholds"]:
+            del thresholds["thresholds"]["calibration"]["date"]
+    differ = {"created", "seconds", "command"}
+    assert {k: v for k, v in same.items() if k not in differ} == {k: v for k, v in log.items() if k not in differ}
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", runs["merged"][0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert lines[-1] == f"{tmp_path / 'out'}: the merged model and the log, finetune.json"
+
+
+def test_every_option_is_in_the_help_of_the_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["finetune", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name, field in option_fields(FinetuneConfig).items():
+        word = field.option.flags[0].partition("/")[0] if field.option.flags else f"--{name.replace('_', '-')}"
+        assert (name.upper() if field.option.positional else word) in text, name
+
+
 # the steps
 
 
@@ -283,7 +323,7 @@ def test_the_steps_are_those_of_a_plain_loop(base, tmp_path):
     kept = finetune(base, tmp_path / "kept", **(settings | {"lr": 0.0, "keep_adapters": True, "steps": 1}))
     assert kept["data"]["examples"] == 8  # so every batch is the whole of it, in whatever order
     model = load_model(str(tmp_path / "kept"), device="cpu")  # the adapters as they began
-    data = prepare.Sources(str(TEXT), None, None, 32, 10, 4, 4, RowFormat()).read(load_tokenizer(str(base)), 0, True)
+    data = read(TEXT, load_tokenizer(str(base)), samples=10)
     parameters = [p for name, p in model.named_parameters() if "lora_" in name]
     for p in model.parameters():
         p.requires_grad_(False)
@@ -326,7 +366,7 @@ def test_refreshed_thresholds_hold_the_sparsity(base, tmp_path):
     assert [entry["step"] for entry in log["thresholds"]] == [0, 3, 6]
     model = load_model(str(tmp_path / "out"), device="cpu")
     # the last calibration was of these weights, on these examples
-    data = prepare.Sources(str(TEXT), None, None, 32, 32, 4, 4, RowFormat()).read(load_tokenizer(str(base)), 0, True)
+    data = read(TEXT, load_tokenizer(str(base)), samples=32)
     expected = cats_llm.calibrate(copy.deepcopy(model), [torch.stack([e["input_ids"] for e in data.aside])])
     assert cats_llm.thresholds(model) == pytest.approx(expected.config(0.7).thresholds, rel=1e-2)
     assert {int(k): v for k, v in log["thresholds"][0]["thresholds"]["thresholds"].items()} != pytest.approx(
@@ -355,7 +395,7 @@ def test_instructions(base, tmp_path):
     assert log["evaluations"][-1]["loss"] < log["evaluations"][0]["loss"] - 1
     # the accuracy is that of generating
     model, tokenizer = load_model(str(tmp_path / "out"), device="cpu"), load_tokenizer(str(base))
-    data = prepare.Sources(str(source), None, None, 32, None, 4, 4, RowFormat()).read(tokenizer, 0, True)
+    data = read(source, tokenizer, samples=None)
     right = 0
     for example in data.heldout:
         prompt = int((example["labels"] == -100).sum())

@@ -15,13 +15,12 @@ import families
 from cats_llm import CatsError, bundled
 from cats_llm.loading import load_tokenizer
 from cats_llm.model.relufy import relufy
-from cats_llm.text import RowFormat, load_sequences
+from cats_llm.text import load_sequences
 from cats_llm.training.adapters import adaptable, add_adapters
-from cats_llm.training.data import IGNORED, collator, is_instructions, read_instructions, read_text
-from cats_llm.training.heldout import measure
-from cats_llm.training.prepare import Sources
-from cats_llm.training.run import apply_method
-from cats_llm.training.settings import Settings
+from cats_llm.training.config import DataConfig, TrainingConfig
+from cats_llm.training.data import IGNORED, collate, is_instructions, read_data, read_instructions, read_text
+from cats_llm.training.methods import apply_method
+from cats_llm.training.validation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = str(bundled.calibration_text())
@@ -42,7 +41,7 @@ def effective(linear, leaves):
 def test_gradients_through_the_mask_are_those_of_the_formula(llama, per_neuron, activation):
     model = llama.sparse().double()
     apply_method(model, "cats" if activation == "silu" else "relu", llama.config)
-    adapted = add_adapters(model, Settings(rank=4, alpha=8, dropout=0.0)).double()
+    adapted = add_adapters(model, TrainingConfig(rank=4, alpha=8, dropout=0.0)).double()
     mlp = cats_llm.sparse_mlps(adapted)[1]
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -207,44 +206,36 @@ def test_a_column_of_text_is_text(instructions):
 def test_batches_are_padded_and_say_so(tokenizer):
     one = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([IGNORED, 6, 7])}
     two = {"input_ids": torch.tensor([8]), "labels": torch.tensor([8])}
-    batch = collator()([one, two])
+    batch = collate([one, two])
     assert batch["input_ids"][0].tolist() == [5, 6, 7]
     assert batch["input_ids"][1, 0] == 8
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
 
 
-def sources(train=TEXT, **changes):
-    values = {
-        "heldout": None,
-        "calibration": None,
-        "length": 64,
-        "samples": 40,
-        "heldout_samples": 3,
-        "calibration_samples": 2,
-        "reading": RowFormat(),
-    }
-    return Sources(train, **(values | changes))
+def read(tokenizer, calibrates, **changes):
+    config = DataConfig(seq_length=64, **({"samples": 40, "heldout_samples": 3, "calibration_samples": 2} | changes))
+    return read_data(TEXT, config, tokenizer, 0, calibrates)
 
 
 def test_what_is_set_aside_is_not_trained_on(tokenizer):
-    data = sources().read(tokenizer, 0, True)
+    data = read(tokenizer, True)
     parts = [[tuple(e["input_ids"].tolist()) for e in part] for part in (data.train, data.heldout, data.aside)]
     assert [len(part) for part in parts] == [35, 3, 2]
     everything = {tuple(ids.tolist()) for ids in load_sequences(TEXT, tokenizer, 64, 40)}
     assert set().union(*parts) == everything
     assert len(everything) == 40
     # a method without thresholds trains on the same
-    other = sources().read(tokenizer, 0, False)
+    other = read(tokenizer, False)
     assert other.aside == []
     assert [tuple(e["input_ids"].tolist()) for e in other.train] == parts[0]
 
 
 def test_sources_that_cannot_be_measured_are_refused(tokenizer):
     with pytest.raises(CatsError, match="are the same text"):
-        sources(heldout=TEXT).read(tokenizer, 0, False)
+        read(tokenizer, False, heldout=TEXT)
     with pytest.raises(CatsError, match="holds 1 example, too few"):
-        sources(samples=1).read(tokenizer, 0, True)
+        read(tokenizer, True, samples=1)
 
 
 # ReLUfication
@@ -293,7 +284,7 @@ def test_measurements_are_those_of_plain_pytorch(llama, tokenizer):
     labels[:, :20] = IGNORED
     examples = [{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)]
     examples.append({"input_ids": ids[0, :30], "labels": labels[0, :30]})
-    found = measure(model, examples, collator(), 2)
+    found = evaluate(model, examples, 2)
     total, tokens = 0.0, 0
     for example in examples:
         logits = llama.reference_logits[0, :30] if len(example["labels"]) == 30 else None
@@ -309,7 +300,7 @@ def test_measurements_are_those_of_plain_pytorch(llama, tokenizer):
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert found["sparsity"]["gate"] == pytest.approx(0.5, abs=0.1)
-    assert "sparsity" not in measure(llama.dense, examples, collator(), 2)
+    assert "sparsity" not in evaluate(llama.dense, examples, 2)
 
 
 # settings
@@ -317,12 +308,12 @@ def test_measurements_are_those_of_plain_pytorch(llama, tokenizer):
 
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(CatsError, match="the method 'teal' is unknown; choose from cats, relu, dense"):
-        Settings(method="teal")
+        TrainingConfig(method="teal")
     with pytest.raises(CatsError, match="only the method cats has thresholds"):
-        Settings(method="relu", refresh_every=3)
+        TrainingConfig(method="relu", refresh_every=3)
     with pytest.raises(CatsError, match="a batch of 6 cannot be divided into micro-batches of 4 on 1 process;"):
-        Settings(batch_size=6).accumulation(1)
-    assert Settings(batch_size=16, micro_batch=2).accumulation(4) == 2
+        TrainingConfig(batch_size=6).accumulation(1)
+    assert TrainingConfig(batch_size=16, micro_batch=2).accumulation(4) == 2
 
 
 # the example's instructions

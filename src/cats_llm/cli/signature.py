@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, is_dataclass, replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -20,6 +20,16 @@ class Defaults:
 
     def __init__(self, **values: Any) -> None:
         object.__setattr__(self, "values", values)
+
+
+@dataclass(frozen=True)
+class Help:
+    """What options mean in one command: ``config: Annotated[FinetuneConfig, Help(dtype="Of the base model.")]``."""
+
+    texts: Mapping[str, str]
+
+    def __init__(self, **texts: str) -> None:
+        object.__setattr__(self, "texts", texts)
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         defaults = {k: v for mark in marks if isinstance(mark, Defaults) for k, v in mark.values.items()}
         left_out = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
         fields = {name: field for name, field in option_fields(config).items() if name not in left_out}
-        unknown = (defaults.keys() | left_out) - option_fields(config).keys()
+        helps = {k: v for mark in marks if isinstance(mark, Help) for k, v in mark.texts.items()}
+        unknown = (defaults.keys() | left_out | helps.keys()) - option_fields(config).keys()
         if unknown:
             raise TypeError(f"{config.__name__} has no option {', '.join(sorted(unknown))}")
+        fields |= {n: replace(fields[n], option=replace(fields[n].option, help=text)) for n, text in helps.items()}
         configs[parameter.name] = (config, fields)
         parameters += [_parameter(field, defaults.get(name, field.default)) for name, field in fields.items()]
 

@@ -4,21 +4,23 @@ from cats_llm.recipes.compare import Comparison, compare
 from cats_llm.recipes.load import find, names, smoke_data
 from cats_llm.recipes.recipe import (
     BenchPlan,
-    Calibration,
+    CalibrationSection,
     EvaluationPlan,
     Expected,
     FinetuningPlan,
+    Quantity,
     Recipe,
     ThresholdPlan,
 )
 
 __all__ = [
     "BenchPlan",
-    "Calibration",
+    "CalibrationSection",
     "Comparison",
     "EvaluationPlan",
     "Expected",
     "FinetuningPlan",
+    "Quantity",
     "Recipe",
     "ThresholdPlan",
     "compare",

@@ -1,36 +1,81 @@
-"""What a recipe is."""
+"""What a recipe is. Its sections are dataclasses of options, so that YAML files are read by them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cats_llm.calibration.sampling import Sampling
+from cats_llm.checkpoint.config import parse_sparsity
+from cats_llm.errors import CatsError
+from cats_llm.evaluation.task import TaskOptions
+from cats_llm.loading import DTYPES
+from cats_llm.options import option
+from cats_llm.text import RowFormat
+from cats_llm.training.classification_data import TASKS
+from cats_llm.training.config import TUNING_METHODS, DataConfig, TrainingConfig
+
+# where the rows of `cats bench` keep what people publish
+BENCH_MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "mlp": {"ms": ("ms", "median"), "speedup_over_torch": ("speedup_over_torch", "median")},
+    "decode": {
+        "ms_per_step": ("ms_per_step", "median"),
+        "tokens_per_second": ("tokens_per_second",),
+        "speedup_over_stock": ("speedup_over_stock", "median"),
+        "speedup_over_own_dense": ("speedup_over_own_dense", "median"),
+    },
+}
+
+TRAINING_MEASURES = ("perplexity_over_relu", "ahead_of_relu")
+"""Of a run of fine-tuning beside ReLU's: its last held-out perplexity as a share of ReLU's, and the share of the
+measurements after the first step at which its perplexity is the lower one."""
+
+Choices = Mapping[str, tuple[Any, ...] | None]
+"""Names of the members of a `Quantity` with the values that they may have; None: any."""
+
+# what every plan with several sparsities says of them
+_SPARSITIES: dict[str, Any] = {
+    "parse": parse_sparsity,
+    "expected": "a list of different gate sparsities, each from 0 up to (not including) 1",
+    "help": "Gate sparsities.",
+}
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSection:
     """The text that thresholds come from; as the options of `cats calibrate`."""
 
-    data: str
-    text_column: str = "text"
-    dataset_config: str | None = None
-    split: str = "train"
-    samples: int = 256
-    seq_length: int = 1024
-    seed: int | None = None
+    data: str = option(help="A file, folder or dataset.", expected="a file, folder or dataset")
+    sampling: Sampling = Sampling()
+    rows: RowFormat = RowFormat()
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
     """Variants of the model on tasks; as the options of `cats eval`. The dense variant is always there."""
 
-    tasks: tuple[str, ...]
-    sparsities: tuple[float, ...]
-    methods: tuple[str, ...] = ("cats",)
-    num_fewshot: int | None = None
+    tasks: tuple[str, ...] = option(help="Names of tasks and sets of tasks.", expected="a list of different names")
+    sparsities: tuple[float, ...] = option(**_SPARSITIES)
+    methods: tuple[str, ...] = option(("cats",), help="As cats eval takes them.", expected="a list of different names")
+    task_options: TaskOptions = TaskOptions()
+
+    @property
+    def quantity(self) -> Choices:
+        """What a number of this plan is of."""
+        return {"variant": None, "task": None, "metric": None}
 
 
 @dataclass(frozen=True)
 class ThresholdPlan:
     """The thresholds of the model at one gate sparsity."""
 
-    sparsity: float
+    sparsity: float = option(
+        parse=parse_sparsity, expected="a gate sparsity from 0 up to (not including) 1", help="Gate sparsity."
+    )
+
+    @property
+    def quantity(self) -> Choices:
+        """What a number of this plan is of."""
+        return {"layer": None}
 
 
 @dataclass(frozen=True)
@@ -39,84 +84,103 @@ class BenchPlan:
 
     Attributes:
         kind: "mlp", which needs a shape, or "decode", which needs the recipe's model.
-        tokens: generated in each turn of "decode"; each number is measured by itself.
-        rounds: turns of each contestant.
+        tokens: see ``lengths``.
     """
 
-    kind: str
-    sparsities: tuple[float, ...]
-    dtype: str = "float32"
-    shape: str | None = None
-    batch: int = 1
-    tokens: tuple[int, ...] = (16,)
-    rounds: int = 7
+    kind: str = option(choices=("mlp", "decode"), expected="mlp or decode", help="What is timed.")
+    sparsities: tuple[float, ...] = option(**_SPARSITIES)
+    dtype: str = option("float32", choices=DTYPES[1:], help="Of the weights.")
+    shape: str | None = option(None, help="Of the MLP, as cats bench knows it.")
+    batch: int = option(1, minimum=1, help="Tokens computed at a time.")
+    tokens: tuple[int, ...] = option(
+        (), minimum=3, expected="a list of different whole numbers, 3 or more", help="Lengths of generation."
+    )
+    rounds: int = option(7, minimum=1, help="Turns of each contestant.")
+
+    def __post_init__(self) -> None:
+        if (self.shape is None) != (self.kind == "decode"):
+            raise CatsError(f"shape {'is missing' if self.shape is None else 'has no meaning for decode'}.")
+        if self.tokens and self.kind == "mlp":
+            raise CatsError("tokens has no meaning for mlp.")
+
+    @property
+    def quantity(self) -> Choices:
+        """What a number of this plan is of; without tokens the geometric mean over all of them."""
+        baseline = "torch dense" if self.kind == "mlp" else "stock transformers"
+        contestants = (baseline, *(f"k = {k}" for k in self.sparsities))
+        return {"contestant": contestants, "measure": tuple(BENCH_MEASURES[self.kind]), "tokens": self.lengths}
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of generation, each measured by itself."""
+        return () if self.kind == "mlp" else self.tokens or (16,)
 
 
 @dataclass(frozen=True)
 class FinetuningPlan:
-    """Runs of `cats finetune` that differ in nothing but the method and its sparsity; as its options.
+    """Runs of `cats finetune` that differ in nothing but the method and its sparsity; with its options.
 
     Attributes:
         data: a text; None where ``instructions`` says what is trained on.
         instructions: name of a task with the answers yes and no: trained on its train split, measured on validation.
-        steps, epochs: one of them.
     """
 
-    methods: tuple[str, ...]
-    sparsities: tuple[float, ...]
-    data: str | None = None
-    text_column: str = "text"
-    dataset_config: str | None = None
-    split: str = "train"
-    instructions: str | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    learning_rate: float = 1e-5
-    seq_length: int = 1024
-    batch_size: int = 16
-    heldout_samples: int = 32
-    eval_every: int = 50
-    seed: int = 0
+    methods: tuple[str, ...] = option(help="As cats finetune takes them.", expected="a list of different names")
+    sparsities: tuple[float, ...] = option(**_SPARSITIES)
+    data: str | None = option(None, help="A file, folder or dataset.", expected="a file, folder or dataset")
+    instructions: str | None = option(None, help="The name of a task.")
+    reading: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def __post_init__(self) -> None:
+        training = self.training
+        for one, other, values in (
+            ("data", "instructions", (self.data, self.instructions)),
+            ("steps", "epochs", (training.steps, training.epochs)),
+        ):
+            if values.count(None) != 1:
+                raise CatsError(f"{one} or {other} is needed, and not both.")
+        for name, number in (("learning_rate", training.learning_rate), ("epochs", training.epochs)):
+            if number == 0:
+                raise CatsError(f"{name} is '0' and should be a number above 0.")
+        for method in self.methods:
+            if method not in TUNING_METHODS:
+                known = ", ".join(TUNING_METHODS)
+                raise CatsError(f"methods: {method!r} is no method of training; choose from {known}.")
+        if self.instructions not in (None, *TASKS):
+            raise CatsError(f"instructions: {self.instructions!r} is no task; choose from {', '.join(TASKS)}.")
 
     @property
     def runs(self) -> dict[str, tuple[str, float | None]]:
         """Method and sparsity of every run, by the name that its log gives it."""
-        found: dict[str, tuple[str, float | None]] = {}
+        runs: dict[str, tuple[str, float | None]] = {}
         for method in self.methods:
             if method == "cats":
-                found |= {f"cats k={k:g}": ("cats", k) for k in self.sparsities}
+                runs |= {f"cats k={k:g}": ("cats", k) for k in self.sparsities}
             else:
-                found[method] = (method, None)
-        return found
+                runs[method] = (method, None)
+        return runs
+
+    @property
+    def quantity(self) -> Choices:
+        """What a number of this plan is of."""
+        return {"variant": tuple(self.runs), "measure": TRAINING_MEASURES}
 
 
 Plan = EvaluationPlan | ThresholdPlan | BenchPlan | FinetuningPlan
 
 
 @dataclass(frozen=True)
-class Expected:
-    """A published number and what it is of.
+class Quantity:
+    """What a published number is of; every plan has its own members (``quantity``)."""
 
-    Attributes:
-        value: the number, or the lowest and highest of a range.
-        source: who published it where.
-        variant, task, metric: of a number of an evaluation; the metric may be a sparsity: gate_sparsity,
-            ffn_sparsity or model_sparsity.
-        layer: of a threshold.
-        contestant, measure, tokens: of a number of a benchmark. A number without tokens, where several are measured,
-            is the geometric mean over them.
-        variant, measure: of a number of fine-tuning (`cats_llm.recipes.compare.TRAINING_MEASURES`).
-    """
-
-    value: float | tuple[float, float]
-    source: str
-    variant: str | None = None
-    task: str | None = None
-    metric: str | None = None
-    layer: int | None = None
-    contestant: str | None = None
-    measure: str | None = None
-    tokens: int | None = None
+    variant: str | None = option(None, help="dense, a method, or a method with k=0.5.")
+    task: str | None = option(None, help="A task or set of tasks.")
+    metric: str | None = option(None, help="A metric, or gate_, ffn_ or model_sparsity.")
+    layer: int | None = option(None, minimum=0, help="The index of a layer.")
+    contestant: str | None = option(None, help="What was timed.")
+    measure: str | None = option(None, help="What was measured of it.")
+    tokens: int | None = option(None, minimum=1, help="One of the lengths of generation.")
 
     @property
     def label(self) -> str:
@@ -132,26 +196,39 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """A published number.
+
+    Attributes:
+        value: the number, or the lowest and highest of a range.
+        of: what it is of.
+    """
+
+    value: float | tuple[float, float]
+    source: str = option(help="Who published it where.", expected="text, here or for the whole recipe")
+    of: Quantity = Quantity()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """An experiment.
 
     Attributes:
         name: of the file, without its ending.
-        title: in one line.
-        about: what is compared with what, and what differs from the original.
         plan: what is run.
-        model: a folder or a name on the hub; None where the plan needs none.
-        dtype: of the model; auto is the checkpoint's own.
         calibration: None where the plan needs none.
         expected: published numbers.
     """
 
     name: str
-    title: str
-    about: str
     plan: Plan
-    model: str | None = None
-    revision: str | None = None
-    dtype: str = "auto"
-    calibration: Calibration | None = None
-    expected: tuple[Expected, ...] = field(default=())
+    title: str = option(help="In one line.")
+    about: str = option(help="What is compared with what, and what differs from the original.")
+    model: str | None = option(
+        None, help="Of all runs; None where the plan needs none.", expected="a folder or a name on the hub"
+    )
+    revision: str | None = option(None, help="Of a model on the hub.", expected="a branch, tag or commit")
+    dtype: str = option("auto", choices=DTYPES, help="Of the model; auto is the checkpoint's own.")
+    source: str | None = option(None, help="Who published the numbers that do not say it themselves.")
+    calibration: CalibrationSection | None = None
+    expected: tuple[Expected, ...] = ()

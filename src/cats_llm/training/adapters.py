@@ -1,13 +1,13 @@
 """LoRA on a model's projections, found by structure, by way of PEFT."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from cats_llm.errors import CatsError
 from cats_llm.model.structure import find_gated_mlps, unwrap
-from cats_llm.training.settings import Settings
+from cats_llm.training.config import TrainingConfig
 
 
 def adaptable(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
@@ -23,48 +23,50 @@ def adaptable(model: nn.Module, names: Sequence[str] | None = None) -> list[str]
         CatsError: a name fits no linear layer, or the attention has none that is known.
     """
     base = unwrap(model)
-    found: list[str] = []
-    attention = False
-    fitting: set[str] = set()
-    for mlp in find_gated_mlps(base):
-        linears = dict(_linears(base.get_submodule(mlp.layer_path), mlp.layer_path))
-        if names is not None:
-            chosen = [path for path in linears if path.rpartition(".")[2] in names]
-            fitting |= {path.rpartition(".")[2] for path in chosen}
-        else:
-            others = [path for path in linears if not path.startswith(f"{mlp.name}.")]
-            projections = _attention(others)
-            attention = attention or bool(projections)
-            chosen = [*projections, *(f"{mlp.name}.{part}" for part in mlp.roles.projections)]
-        found += chosen
-    if names is not None and (missing := [name for name in names if name not in fitting]):
-        there = sorted({path.rpartition(".")[2] for path, _ in _linears(base, "")})
-        raise CatsError(f"no decoder layer has a linear layer {missing[0]!r}; --lora-targets may name {_list(there)}.")
-    if names is None and not attention:
+    layers = [(mlp, _linears(base, mlp.layer_path)) for mlp in find_gated_mlps(base)]
+    if names is not None:
+        paths = [path for _, linears in layers for path in linears if _name(path) in names]
+        missing = [name for name in names if name not in map(_name, paths)]
+        if missing:
+            known = _list(sorted({_name(path) for path in _linears(base)}))
+            raise CatsError(f"no decoder layer has a linear layer {missing[0]!r}; --lora-targets may name {known}.")
+        return paths
+    attention = [
+        _attention([path for path in linears if not path.startswith(f"{mlp.name}.")]) for mlp, linears in layers
+    ]
+    if not any(attention):
         raise CatsError(
             f"{type(base).__name__} has no attention with q_proj and v_proj or a fused layer for them; name the layers "
             "that get adapters with --lora-targets."
         )
-    return found
+    return [
+        path
+        for (mlp, _), projections in zip(layers, attention, strict=True)
+        for path in (*projections, *(f"{mlp.name}.{part}" for part in mlp.roles.projections))
+    ]
 
 
-def _linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for path, child in module.named_modules(prefix=prefix):
-        if isinstance(child, nn.Linear):
-            yield path, child
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _linears(model: nn.Module, prefix: str = "") -> list[str]:
+    """Paths of the linear layers below a module."""
+    modules = model.get_submodule(prefix).named_modules(prefix=prefix)
+    return [path for path, module in modules if isinstance(module, nn.Linear)]
 
 
 def _attention(paths: list[str]) -> list[str]:
     """Query and value among a layer's linear layers."""
-    named = [path for path in paths if path.rpartition(".")[2] in ("q_proj", "v_proj")]
-    return named or [path for path in paths if "qkv" in path.rpartition(".")[2] or path.endswith("query_key_value")]
+    named = [path for path in paths if _name(path) in ("q_proj", "v_proj")]
+    return named or [path for path in paths if "qkv" in _name(path) or path.endswith("query_key_value")]
 
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
-def add_adapters(model: Any, settings: Settings) -> Any:
+def add_adapters(model: Any, config: TrainingConfig) -> Any:
     """The model in a PEFT wrapper with fresh adapters, which alone are trained.
 
     Adapters are float32 whatever the model's dtype, as the optimizer needs them.
@@ -76,11 +78,11 @@ def add_adapters(model: Any, settings: Settings) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise CatsError("fine-tuning needs peft: pip install 'cats-llm[train]'.") from error
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=adaptable(model, settings.targets),
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=adaptable(model, config.targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    return get_peft_model(model, lora)

@@ -1,6 +1,6 @@
 """What models are fine-tuned on: packed text with the loss on every token, or instructions with the loss on answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,12 +11,101 @@ from torch import Tensor
 from cats_llm.chat import Message, render
 from cats_llm.errors import CatsError
 from cats_llm.rows import Tally
-from cats_llm.text import Content, Pair, TextSource, encode, load_sequences, log_notes, read_contents, text_ends
-
-Example = dict[str, Tensor]
-"""input_ids and labels, int64 (T,); a label of `IGNORED` is not trained on."""
+from cats_llm.text import (
+    Content,
+    Pair,
+    TextSource,
+    encode,
+    load_sequences,
+    log_notes,
+    read_contents,
+    same_text,
+    text_ends,
+)
+from cats_llm.training.config import DataConfig
 
 IGNORED = -100
+Example = dict[str, Tensor]
+"""input_ids and labels, int64 (T,); a label of `IGNORED` is not trained on."""
+# of what is read, at most this share is set aside for each purpose
+_ASIDE = 10
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and measures on; the same in every process.
+
+    Attributes:
+        train: the examples of the steps.
+        heldout: measured at intervals; never trained on.
+        aside: for calibrating thresholds; never trained on where it comes from the training data.
+        record: what it is, for the log.
+    """
+
+    train: list[Example]
+    heldout: list[Example]
+    aside: list[Example]
+    record: dict[str, Any]
+
+    def calibration_batches(self, size: int) -> list[dict[str, Tensor]]:
+        """The examples set aside, in batches without labels."""
+        batches = [collate(self.aside[i : i + size]) for i in range(0, len(self.aside), size)]
+        return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+
+
+def read_data(source: str, config: DataConfig, tokenizer: Any, seed: int, calibrates: bool) -> Data:
+    """Read everything; what is set aside is drawn at random.
+
+    Args:
+        source: what is trained on: a text, or instructions in .jsonl, .parquet or a dataset.
+        calibrates: the run needs examples to calibrate on.
+
+    Raises:
+        CatsError: a source cannot be read, is empty or too small, or is measured on and trained on.
+    """
+    if config.heldout is not None and same_text(config.heldout, source):
+        raise CatsError(f"--heldout and --data are the same text ({source}); measure on another one.")
+
+    def read(path: str, samples: int | None) -> Examples:
+        text = TextSource(path, config.rows)
+        return (read_instructions if is_instructions(text) else read_text)(text, tokenizer, config.seq_length, samples)
+
+    pool = read(source, config.samples)
+    order = torch.randperm(len(pool.examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    record: dict[str, Any] = {"train": source, "kind": "instructions" if pool.instructions else "text"}
+    parts: dict[str, list[Example]] = {}
+    for name, path, count, wanted in (
+        ("heldout", config.heldout, config.heldout_samples, True),
+        ("calibration", config.calibration, config.calibration_samples, calibrates),
+    ):
+        parts[name] = []
+        if path is None:
+            # also where it is not wanted: every method trains on the same examples
+            count = max(1, min(count, len(pool.examples) // _ASIDE))
+            taken, order = order[:count], order[count:]
+            path, parts[name] = f"set aside from {source}", [pool.examples[i] for i in taken if wanted]
+        elif wanted:
+            parts[name] = read(path, count).examples
+        if wanted:
+            record[name] = path
+    train = [pool.examples[i] for i in sorted(order)]
+    if not train:
+        raise CatsError(
+            f"{source} holds {len(pool.examples)} example{'s' * (len(pool.examples) > 1)}, too few to set some aside "
+            "for measuring and calibrating; give more, or pass --heldout and --calibration."
+        )
+    if not any((example["labels"][1:] >= 0).any() for example in parts["heldout"]):
+        raise CatsError("the held-out examples predict no token; give longer ones.")
+    record |= {
+        "seq_length": config.seq_length,
+        "examples": len(train),
+        "tokens": sum(len(example["input_ids"]) for example in train),
+        "heldout_examples": len(parts["heldout"]),
+        "calibration_examples": len(parts["calibration"]),
+        "too_long": pool.too_long,
+        "empty": pool.empty,
+    }
+    return Data(train, parts["heldout"], parts["calibration"], record)
 
 
 @dataclass(frozen=True)
@@ -103,12 +192,12 @@ def _example_of(content: Content, tokenizer: Any, where: str) -> Example:
 
 def _answered(pair: Pair, tokenizer: Any, where: str) -> Example:
     begin, end = text_ends(tokenizer)
-    asked = begin + encode(tokenizer, pair.prompt, where)
+    prompt = begin + encode(tokenizer, pair.prompt, where)
     # in one piece, as it is generated: tokenizers may treat the beginning of a text in a way of their own
     whole = begin + encode(tokenizer, pair.prompt + pair.completion, where)
     if tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id] if whole[-1:] != [tokenizer.eos_token_id] else []
-    return _example(whole + end, [(_shared(asked, whole), len(whole + end))])
+    return _example(whole + end, [(_shared(prompt, whole), len(whole + end))])
 
 
 def _chat(messages: list[Message], tokenizer: Any, where: str) -> Example:
@@ -146,21 +235,17 @@ def _example(ids: list[int], spans: Sequence[tuple[int, int]]) -> Example:
     return {"input_ids": torch.tensor(ids), "labels": labels}
 
 
-def collator() -> Callable[[Sequence[Example]], dict[str, Tensor]]:
-    """Batches examples: (B, T) with padding on the right, which attention_mask tells of and labels ignore.
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch of examples: (B, T) with padding on the right, which attention_mask tells of and labels ignore.
 
     It is token 0, which every model has: a padding token that was added to the tokenizer may have no embedding.
     """
+    longest = max(len(example["input_ids"]) for example in examples)
 
-    def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
+    def stack(name: str, fill: int) -> Tensor:
+        rows = [example[name] for example in examples]
+        return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row)), value=fill) for row in rows])
 
-        def stack(name: str, fill: int) -> Tensor:
-            rows = [example[name] for example in examples]
-            return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row)), value=fill) for row in rows])
-
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        mask = (torch.arange(longest) < lengths[:, None]).long()
-        return {"input_ids": stack("input_ids", 0), "labels": stack("labels", IGNORED), "attention_mask": mask}
-
-    return collate
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", IGNORED), "attention_mask": mask}

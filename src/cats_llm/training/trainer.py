@@ -1,93 +1,95 @@
 """transformers' Trainer, with what CATS adds to it: measurements, a log, and thresholds that follow the weights."""
 
 import importlib.util
-import json
 import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from cats_llm import distributed
+from cats_llm import distributed, formats
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.errors import CatsError
 from cats_llm.model.sparsify import set_config
-from cats_llm.model.structure import unwrap
 from cats_llm.outputs import write_json
-from cats_llm.training.heldout import measure
-from cats_llm.training.settings import Settings
-
-if TYPE_CHECKING:
-    from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.training.adapters import add_adapters
+from cats_llm.training.config import TrainingConfig
+from cats_llm.training.data import Data, collate
+from cats_llm.training.methods import label, thresholds_config
+from cats_llm.training.validation import evaluate
+from cats_llm.versions import versions
 
 Notify = Callable[[str], None]
-LOG_FILE = "log.json"
+ADAPTER, LOG_FILE = "adapter", "log.json"
+"""In the folder of a run: the trained adapters, and the log as far as it goes."""
 
 
-def arguments(
-    settings: Settings, folder: Path, device: str, save_every: int = 0, bar: bool = False
+def trainer_arguments(
+    config: TrainingConfig, folder: Path, device: str, save_every: int = 0, progress_bar: bool = False
 ) -> TrainingArguments:
     """The Trainer's arguments. Making them starts torch.distributed where a launcher asked for it."""
-    made = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=device == "cpu",
         # every trained parameter gets a gradient in every step
         ddp_find_unused_parameters=False,
-        max_steps=settings.steps if settings.steps is not None else -1,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.micro_batch,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
-        seed=settings.seed,
+        max_steps=config.steps if config.steps is not None else -1,
+        num_train_epochs=config.epochs or 1,
+        per_device_train_batch_size=config.micro_batch,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        seed=config.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=settings.eval_every,
+        eval_steps=config.eval_every,
         eval_on_start=True,
         save_strategy="steps" if save_every else "no",
         save_steps=save_every or 1,
         save_total_limit=2,
         report_to="none",
-        disable_tqdm=not bar,
+        disable_tqdm=not progress_bar,
         dataloader_pin_memory=device != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
     )
     # several GPUs without a launcher: one is used, not DataParallel
-    made._n_gpu = min(made.n_gpu, 1)
-    made.gradient_accumulation_steps = settings.accumulation(made.world_size)
-    return made
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments.gradient_accumulation_steps = config.accumulation(arguments.world_size)
+    return arguments
 
 
 class CatsTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """Measures perplexity and sparsity on held-out examples where the Trainer would average the losses of batches.
 
     What no float can say goes into the Trainer's own history, so that it is in every checkpoint: an entry has the step
-    and either ``evaluation`` (see `measure`), or ``thresholds`` that hold from there on.
+    and either ``evaluation`` (see `cats_llm.training.validation.evaluate`), or ``thresholds`` that hold from there on.
     """
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure, log, and tell the callbacks."""
-        found = measure(
+        measurement = evaluate(
             self.model,
             self.eval_dataset,
-            self.data_collator,
             self.args.per_device_train_batch_size,
             self.compute_loss_context_manager,
             self.model_wrapped,
         )
-        self.note(evaluation=found)
-        metrics = {f"eval_{name}": found[name] for name in ("loss", "perplexity") if found[name] is not None}
-        if "accuracy" in found:
-            metrics["eval_accuracy"] = found["accuracy"]
-        if "sparsity" in found:
-            metrics["eval_sparsity"] = found["sparsity"]["gate"]
+        self.note(evaluation=measurement)
+        numbers = {name: measurement.get(name) for name in ("loss", "perplexity", "accuracy")}
+        metrics = {f"eval_{name}": value for name, value in numbers.items() if value is not None}
+        if "sparsity" in measurement:
+            metrics["eval_sparsity"] = measurement["sparsity"]["gate"]
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -105,8 +107,7 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What the first steps are taken with; a resumed run has it in its history."""
-        base: Any = unwrap(self.trainer.model)
-        config = getattr(base.config, "quantization_config", None)
+        config = thresholds_config(self.trainer.model)
         if config is not None and not any("thresholds" in entry for entry in state.log_history):
             self.trainer.note(thresholds=config.to_dict())
 
@@ -115,10 +116,10 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         write_json(self.file, split_history(state.log_history), force=True)
-        found = next(entry["evaluation"] for entry in reversed(state.log_history) if "evaluation" in entry)
-        perplexity = f"{found['perplexity']:.4g}" if found["perplexity"] is not None else "not finite"
-        sparsity = f", gate sparsity {100 * found['sparsity']['gate']:.2f} %" if "sparsity" in found else ""
-        right = f", {100 * found['accuracy']:.2f} % of answers right" if "accuracy" in found else ""
+        measurement = next(entry["evaluation"] for entry in reversed(state.log_history) if "evaluation" in entry)
+        perplexity = f"{measurement['perplexity']:.4g}" if measurement["perplexity"] is not None else "not finite"
+        sparsity = f", gate sparsity {100 * measurement['sparsity']['gate']:.2f} %" if "sparsity" in measurement else ""
+        right = f", {100 * measurement['accuracy']:.2f} % of answers right" if "accuracy" in measurement else ""
         self.notify(f"step {state.global_step}: held-out perplexity {perplexity}{right}{sparsity}")
 
 
@@ -133,16 +134,27 @@ def tensorboard(folder: Path) -> TrainerCallback | None:
 
 
 class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
-    """Calibrates again every so many steps, so that the sparsity asked for holds while the weights move."""
+    """Calibrates again every so many steps, so that the sparsity asked for holds while the weights move.
+
+    Raises:
+        CatsError: weights are sharded, or thresholds are not of a sparsity alone.
+    """
 
     def __init__(self, trainer: CatsTrainer, batches: Sequence[dict[str, Tensor]], every: int) -> None:
         self.trainer, self.batches, self.every = trainer, batches, every
-        base: Any = unwrap(trainer.model)
-        criterion = base.config.quantization_config.criterion
-        if criterion:
+        config = thresholds_config(trainer.model)
+        assert config is not None
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise CatsError("thresholds cannot be refreshed while weights are sharded; leave out --refresh-thresholds.")
+        if config.sparsity is None:
             raise CatsError(
-                f"thresholds of the criterion {criterion.get('name')} cannot be refreshed while training; leave out "
-                "--refresh-thresholds, and fit them again afterwards with cats sparsify."
+                "this CATS model's thresholds were not calibrated for a sparsity, so there is none to hold; pass "
+                "--sparsity, or leave out --refresh-thresholds."
+            )
+        if config.criterion:
+            raise CatsError(
+                f"thresholds of the criterion {config.criterion.get('name')} cannot be refreshed while training; leave "
+                "out --refresh-thresholds, and fit them again afterwards with cats sparsify."
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -150,17 +162,89 @@ class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
         if state.global_step % self.every:
             return
         model = self.trainer.model
-        base: Any = unwrap(model)
-        before: CatsConfig = base.config.quantization_config
+        before = thresholds_config(model)
+        assert before is not None
         assert before.sparsity is not None
-        mine = self.batches[distributed.rank() :: distributed.world_size()]
-        profile = calibrate(model, mine, before.calibration.get("data"))
+        profile = calibrate(model, distributed.share(self.batches), before.calibration.get("data"))
         config = profile.config(before.sparsity).with_coverage(before.coverage)
         set_config(model, config)
         self.trainer.note(
             thresholds=config.to_dict(),
             drift={layer: profile.layers[layer].below(t) for layer, t in before.thresholds.items()},
         )
+
+
+def train(
+    model: Any,
+    data: Data,
+    config: TrainingConfig,
+    arguments: TrainingArguments,
+    resume: Path | None = None,
+    notify: Notify = lambda _: None,
+    record: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train adapters on a model that `apply_method` prepared, and leave them in the run's folder.
+
+    Args:
+        model: gets adapters in place; its own weights are not trained.
+        arguments: see `trainer_arguments`.
+        resume: a checkpoint of the same run, to go on from.
+        notify: told of every measurement.
+        record: more for the log: the model's name, the command, the machine.
+
+    Returns:
+        The log (docs/finetuning.md says what is in it). The trained adapters are in ``arguments.output_dir/adapter``.
+
+    Raises:
+        CatsError: the layers for adapters are not found, or thresholds are to be refreshed that cannot be.
+    """
+    started = time.perf_counter()
+    folder = Path(arguments.output_dir)
+    set_seed(config.seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = add_adapters(model, config)
+    trainer = CatsTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        data_collator=collate,
+    )
+    if config.refresh_every:
+        batches = data.calibration_batches(config.micro_batch)
+        trainer.add_callback(RefreshThresholds(trainer, batches, config.refresh_every))
+    trainer.add_callback(KeepLog(trainer, folder / LOG_FILE, notify))
+    board = tensorboard(folder / "tensorboard") if trainer.is_world_process_zero() else None
+    if board is not None:
+        trainer.add_callback(board)
+    # it would print every step where there is no progress bar
+    trainer.pop_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    history = trainer.state.log_history
+    if not any("evaluation" in entry and entry["step"] == trainer.state.global_step for entry in history):
+        trainer.evaluate()
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder / ADAPTER))
+    trained, total = model.get_nb_trainable_parameters()
+    thresholds = thresholds_config(model)
+    return {
+        "format": formats.FINETUNING,
+        "version": formats.FINETUNING_VERSION,
+        "name": label(config.method, thresholds),
+        "method": config.method,
+        "sparsity": thresholds.sparsity if thresholds is not None else None,
+        "settings": asdict(config),
+        "data": data.record,
+        "processes": arguments.world_size,
+        "parameters": {"trained": trained, "all": total},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions() | {"peft": version("peft")},
+        "seconds": round(time.perf_counter() - started, 1),
+        **(record or {}),
+        **split_history(history),
+    }
 
 
 def split_history(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -175,16 +259,3 @@ def split_history(history: list[dict[str, Any]]) -> dict[str, Any]:
         "evaluations": [{"step": entry["step"], **entry["evaluation"]} for entry in history if "evaluation" in entry],
         "thresholds": [entry for entry in history if "thresholds" in entry],
     }
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, list[dict[str, Any]]] | None:
-    """The newest checkpoint that was written whole, and its history; None if there is none."""
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
-    for _, path in sorted(found.items(), reverse=True):
-        try:
-            # the Trainer writes it last
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return path, state["log_history"]
-    return None

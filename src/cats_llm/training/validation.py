@@ -7,23 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from cats_llm import distributed
 from cats_llm.evaluation.evaluate import exp
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.weight_traffic import sparsity_of
-from cats_llm.training.data import IGNORED, Example
+from cats_llm.training.data import IGNORED, Example, collate
 
 # rows of logits held in float32 at a time
 _ROWS = 512
 
 
 @torch.no_grad()
-def measure(
+def evaluate(
     model: Any,
     examples: Sequence[Example],
-    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
     batch_size: int,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     wrapped: Any = None,
@@ -33,7 +31,6 @@ def measure(
     Args:
         model: dense or CATS.
         examples: the same in every process.
-        collate: see `cats_llm.training.data.collator`.
         batch_size: examples computed at a time.
         context: what to compute in, such as autocast.
         wrapped: what to call in place of ``model``, where a wrapper gathers its weights.
@@ -69,15 +66,15 @@ def measure(
     tokens = sum(all_tokens)
     mean = sum(losses) / tokens
     counts = distributed.sum_counts(counter.counts())
-    found: dict[str, Any] = {
+    measurement: dict[str, Any] = {
         "loss": mean if math.isfinite(mean) else None,
         "perplexity": exp(mean) if math.isfinite(exp(mean)) else None,
         "tokens": tokens,
     }
     if any(bool((example["labels"] == IGNORED).any()) for example in examples):
-        found["accuracy"] = sum(rights) / len(examples)
+        measurement["accuracy"] = sum(rights) / len(examples)
     if counts:
         layers = {layer: skipped / seen for layer, (skipped, seen) in counts.items()}
-        found["sparsity"] = vars(sparsity_of(model, layers))
-        found["layer_sparsity"] = layers
-    return found
+        measurement["sparsity"] = vars(sparsity_of(model, layers))
+        measurement["layer_sparsity"] = layers
+    return measurement

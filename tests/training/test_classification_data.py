@@ -7,8 +7,8 @@ import pytest
 from cats_llm import bundled
 from cats_llm.errors import CatsError
 from cats_llm.loading import load_tokenizer
+from cats_llm.training.classification_data import write_instructions
 from cats_llm.training.data import read_instructions
-from cats_llm.training.yes_no import write_instructions
 
 
 def test_line_separators_within_a_text_end_no_row(tmp_path):

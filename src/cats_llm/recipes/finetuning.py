@@ -1,36 +1,22 @@
-"""The fine-tuning part of `cats reproduce`: `cats finetune` for each method and sparsity of a recipe, one by one."""
+"""The fine-tuning part of a reproduction: a run for each method and sparsity of a recipe, one by one."""
 
 import gc
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cats_llm.cli import finetune
-from cats_llm.cli.output import show
+from cats_llm import formats
 from cats_llm.errors import CatsError
+from cats_llm.loading import ModelSource
 from cats_llm.outputs import write_json
-from cats_llm.recipes import FinetuningPlan, Recipe
-from cats_llm.training.settings import METHODS, RUNS_FORMAT, RUNS_VERSION
-from cats_llm.training.write import LOG
-from cats_llm.training.yes_no import TASKS, write_instructions
+from cats_llm.recipes.recipe import FinetuningPlan, Recipe
+from cats_llm.training.classification_data import write_instructions
+from cats_llm.training.config import FinetuneConfig
+from cats_llm.training.export import LOG
 
 _RECIPE_FILE = "recipe.json"
-
-
-def check(name: str, plan: FinetuningPlan) -> None:
-    """Refuse, before any work, what cannot be trained.
-
-    Raises:
-        CatsError: an unknown method or task.
-    """
-    for method in plan.methods:
-        if method not in METHODS:
-            raise CatsError(
-                f"the recipe {name}: {method!r} is no method of training; choose from {', '.join(METHODS)}."
-            )
-    if plan.instructions is not None and plan.instructions not in TASKS:
-        raise CatsError(f"the recipe {name}: {plan.instructions!r} is no task; choose from {', '.join(TASKS)}.")
 
 
 def is_begun(out: Path) -> bool:
@@ -53,67 +39,68 @@ def begin(out: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def finetune_all(
-    recipe: Recipe,
     plan: FinetuningPlan,
+    source: ModelSource,
     out: Path,
     *,
-    profile: Path | None,
+    profile: Path,
     data_dir: Path | None,
     micro_batch: int,
-    device: str | None,
     resume: bool,
     force: bool,
+    notify: Callable[[str], None],
     command: str,
 ) -> dict[str, Any]:
     """Every run of the plan; each leaves its model in a folder of ``out``, and is not repeated when resumed.
 
     Args:
-        profile: thresholds of the base model.
+        source: the base model.
+        profile: its thresholds.
         data_dir: folder with TASK-train.jsonl and TASK-validation.jsonl in the hub's columns, in place of the hub.
         command: for the record.
 
     Returns:
         The logs of all runs, as `cats report` reads them.
     """
-    data, heldout = plan.data, None
+    from cats_llm.training.finetune import finetune  # it imports much
+
+    data, reading = plan.data, plan.reading
     if plan.instructions is not None:
         data, heldout = (
             _instructions(plan.instructions, split, out, data_dir, resume) for split in ("train", "validation")
         )
+        reading = replace(reading, heldout=reading.heldout or heldout)
     logs = []
     for name, (method, sparsity) in plan.runs.items():
         folder = out / name.replace(" ", "-").replace("=", "")
         if not (resume and (folder / LOG).is_file()):
-            show(f"{name}:")
-            finetune.command(
-                model=str(recipe.model),
+            notify(f"{name}:")
+            has_thresholds = method == "cats"
+            config = FinetuneConfig(
+                source=source,
                 out=folder,
                 data=str(data),
-                heldout=heldout,
+                reading=reading,
                 sparsity=sparsity,
-                method=method,
-                profile=profile if method == "cats" else None,
-                steps=plan.steps,
-                epochs=plan.epochs,
-                learning_rate=plan.learning_rate,
-                batch_size=plan.batch_size,
-                micro_batch=micro_batch,
-                eval_every=plan.eval_every,
+                profile=profile if has_thresholds else None,
+                training=replace(
+                    plan.training,
+                    method=method,
+                    micro_batch=micro_batch,
+                    refresh_every=plan.training.refresh_every if has_thresholds else 0,
+                ),
                 resume=resume,
-                heldout_samples=plan.heldout_samples,
-                seq_length=plan.seq_length,
-                text_column=plan.text_column,
-                dataset_config=plan.dataset_config,
-                split=plan.split,
-                seed=plan.seed,
-                revision=recipe.revision,
-                device=device,
-                dtype=recipe.dtype,
-                force=force,
             )
+            finetune(config, force=force, notify=notify, command=command)
             gc.collect()  # models have cycles, and the next one needs the memory
         logs.append(json.loads((folder / LOG).read_text(encoding="utf-8")))
-    return {"format": RUNS_FORMAT, "version": RUNS_VERSION, "model": recipe.model, "command": command, "runs": logs}
+    return {
+        "format": formats.FINETUNING_RUNS,
+        "version": formats.FINETUNING_VERSION,
+        "model": source.model,
+        "command": command,
+        "runs": logs,
+    }
 
 
 def _instructions(task: str, split: str, out: Path, data_dir: Path | None, resume: bool) -> str:

@@ -10,7 +10,7 @@ LOG = "finetune.json"
 """The log, in the folder of the result."""
 
 
-def write_result(
+def export(
     base: Any, adapters: Path, tokenizer: Any, out: Path, log: dict[str, Any], merge: bool, force: bool = False
 ) -> None:
     """Write a fine-tuned model as a folder, with the log of its training.
@@ -32,8 +32,7 @@ def write_result(
             model = model.merge_and_unload()
             model.save_pretrained(folder)
         else:
-            own = model.peft_config["default"]
-            own.base_model_name_or_path = str(out.resolve() / BASE)
+            model.peft_config["default"].base_model_name_or_path = str(out.resolve() / BASE)
             model.save_pretrained(folder, save_embedding_layers=False)
             model.unload().save_pretrained(folder / BASE)
             tokenizer.save_pretrained(folder / BASE)

@@ -12,7 +12,7 @@ from cats_llm.rows import read_rows
 Row = dict[str, Any]
 
 
-class Task(NamedTuple):
+class YesNoTask(NamedTuple):
     """Where a dataset is on the hub, and what a row asks and answers."""
 
     dataset: str
@@ -27,14 +27,14 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "cola": Task(
+    "cola": YesNoTask(
         "nyu-mll/glue",
         "cola",
         ("sentence",),
         "label",
         lambda row: f"{row['sentence']}\nQuestion: Is this sentence acceptable English, yes or no?\nAnswer:",
     ),
-    "sst2": Task(
+    "sst2": YesNoTask(
         "nyu-mll/glue",
         "sst2",
         ("sentence",),
@@ -43,7 +43,7 @@ TASKS = {
             f"{row['sentence'].strip()}\nQuestion: Does this review speak well of the film, yes or no?\nAnswer:"
         ),
     ),
-    "boolq": Task(
+    "boolq": YesNoTask(
         "google/boolq",
         None,
         ("passage", "question"),
@@ -68,11 +68,11 @@ def write_instructions(name: str, split: str, out: Path, source: Path | None = N
         rows = read_rows(str(source or task.dataset), None, None if source else task.config, split)
         for where, row in rows:
             _check(row, task, name, where)
-            made = {"prompt": task.prompt(row), "completion": " yes" if task.yes(row) else " no"}
-            file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            instruction = {"prompt": task.prompt(row), "completion": " yes" if task.yes(row) else " no"}
+            file.write(json.dumps(instruction, ensure_ascii=False) + "\n")
 
 
-def _check(row: Any, task: Task, name: str, where: str) -> None:
+def _check(row: Any, task: YesNoTask, name: str, where: str) -> None:
     """Refuse a row that lacks what is asked, or has no label, as in the hub's test splits."""
     if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in task.texts):
         raise CatsError(f"{where} has no text in {' and '.join(task.texts)}, which {name} needs.")

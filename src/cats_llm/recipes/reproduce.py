@@ -1,0 +1,344 @@
+"""A recipe run from end to end: its numbers beside ours."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from cats_llm import bundled
+from cats_llm.benchmark import machine
+from cats_llm.benchmark.decode import bench_decode
+from cats_llm.benchmark.mlp import bench_mlp
+from cats_llm.benchmark.shapes import parse_shape
+from cats_llm.calibration.calibrate import calibrate
+from cats_llm.calibration.profile import Profile
+from cats_llm.calibration.sampling import Sampling
+from cats_llm.errors import CatsError
+from cats_llm.evaluation.cache import Cache, default_cache
+from cats_llm.evaluation.methods import method
+from cats_llm.evaluation.run import Progress, run_evaluation
+from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
+from cats_llm.evaluation.variants import make_variants
+from cats_llm.kernels import cpu
+from cats_llm.loading import ModelSource, parse_device
+from cats_llm.model.structure import find_gated_mlps
+from cats_llm.options import Panel, option
+from cats_llm.outputs import check_output, write_json
+from cats_llm.recipes import finetuning
+from cats_llm.recipes.compare import Comparison, compare
+from cats_llm.recipes.load import smoke_data
+from cats_llm.recipes.recipe import (
+    BenchPlan,
+    CalibrationSection,
+    EvaluationPlan,
+    FinetuningPlan,
+    Recipe,
+    ThresholdPlan,
+)
+from cats_llm.text import TextSource
+from cats_llm.training.config import DataConfig
+
+_PROFILE = "profile.safetensors"
+REPORTED = (_PROFILE, "result.json", "bench.json", "training.json")
+"""What the folder of a reproduction may hold for `cats report`."""
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """How a recipe is run here."""
+
+    smoke: bool = option(False, help="Run all steps in a minute, on the bundled model and a few local documents.")
+    out: Path | None = option(
+        None,
+        flags=("--out", "-o"),
+        metavar="DIR",
+        help="Keep the profile, the results and a report here.",
+        panel=Panel.OUTPUT,
+    )
+    profile: Path | None = option(None, help="A profile of the model, in place of calibrating.")
+    data_dir: Path | None = option(
+        None,
+        help="Folder with the tasks' data, where there is no hub: TASK.jsonl, or to fine-tune on, TASK-train.jsonl "
+        "and TASK-validation.jsonl.",
+    )
+    resume: bool = option(False, help="Fine-tuning: go on in --out, with what is finished there.", panel=Panel.OUTPUT)
+    batch_size: int = option(4, minimum=1, help="Sequences computed at a time.")
+    no_cache: bool = option(False, help="Measure everything again, and keep nothing.", panel=Panel.OUTPUT)
+    device: str | None = option(
+        None,
+        parse=parse_device,
+        help="cpu, cuda, cuda:1, or auto to spread over all.",
+        default_text="the GPU if there is one",
+    )
+
+    def check_usage(self, recipe: Recipe) -> None:
+        """Refuse options that do not go with the recipe.
+
+        Raises:
+            CatsError: they do not.
+        """
+        tuning = isinstance(recipe.plan, FinetuningPlan)
+        if self.resume and not (tuning and self.out is not None):
+            raise CatsError("--resume goes on with a recipe of fine-tuning, in its --out.")
+        if tuning and self.out is None and not self.smoke:
+            raise CatsError(f"{recipe.name} leaves fine-tuned models; say with --out where.")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What a recipe's numbers came to here.
+
+    Attributes:
+        recipe: as published, also where a smoke run did less.
+        comparisons: one for each number of the recipe.
+        results: the measurements in full, as `cats eval`, `cats bench` and `cats finetune` write them, under
+            ``result``, ``bench`` or ``training``; or ``thresholds``, by layer.
+    """
+
+    recipe: Recipe
+    smoke: bool
+    comparisons: tuple[Comparison, ...]
+    results: Mapping[str, Any]
+
+    def write(self, out: Path) -> None:
+        """The comparison and the results in full, into a folder."""
+        write_json(out / "comparison.json", self.to_dict(), force=True)
+        for name in self.results.keys() & {"result", "bench", "training"}:
+            write_json(out / f"{name}.json", self.results[name], force=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "recipe": self.recipe.name,
+            "title": self.recipe.title,
+            "model": self.recipe.model,
+            "smoke": self.smoke,
+            "machine": machine.facts(),
+            "numbers": [
+                {
+                    "what": number.expected.of.label,
+                    "expected": number.expected.value,
+                    "measured": number.measured,
+                    "stderr": number.stderr,
+                    # of another model's number it would mean nothing
+                    "difference": None if self.smoke else number.difference,
+                    "source": number.expected.source,
+                }
+                for number in self.comparisons
+            ],
+        }
+
+
+def reproduce(
+    recipe: Recipe,
+    config: ReproduceConfig,
+    *,
+    force: bool = False,
+    notify: Callable[[str], None] = lambda _: None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    track: Callable[..., Any] = lambda items, *_: items,
+    command: str = "",
+) -> Reproduction:
+    """Run an experiment of the paper, and compare its numbers with the published ones.
+
+    With ``config.out`` the profile, the results and the comparison (comparison.json) are kept there.
+
+    Args:
+        force: replace what is there.
+        notify: told in words what goes on.
+        progress: told of every measurement of an evaluation.
+        track: (items, description, total) -> the items, for a progress bar.
+        command: what started it, for the record.
+
+    Raises:
+        CatsError: the recipe and the options do not go together, an output is in the way, or a step cannot be done.
+    """
+    config.check_usage(recipe)
+    if config.out is not None and not (config.resume and finetuning.is_begun(config.out)):
+        check_output(config.out, force)
+    check(recipe)
+    if isinstance(recipe.plan, BenchPlan) and not cpu.available():
+        raise CatsError("the CPU kernels are not built here; install cats-llm with a C++ compiler at hand.")
+    run, here = recipe, config
+    if config.smoke:
+        run = _smoked(recipe)
+        here = replace(config, data_dir=smoke_data(), device="cpu", no_cache=True)
+    with ExitStack() as stack:
+        if config.out is not None:
+            if config.out.exists() and not config.out.is_dir():
+                raise CatsError(f"{config.out} is a file; give the name of a folder.")
+            config.out.mkdir(exist_ok=True)
+        elif isinstance(recipe.plan, FinetuningPlan):
+            here = replace(here, out=Path(stack.enter_context(TemporaryDirectory())))
+        results = _Run(run, here, force or config.out is None, notify, progress, track, command).measure()
+    comparisons = tuple(
+        # labels as published, also where a smoke run is shorter
+        replace(number, expected=expected)
+        for number, expected in zip(compare(run.expected, **results), recipe.expected, strict=True)
+    )
+    reproduction = Reproduction(recipe, config.smoke, comparisons, results)
+    if config.out is not None:
+        reproduction.write(config.out)
+    return reproduction
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A recipe, how to run it here, and whom to tell."""
+
+    recipe: Recipe
+    config: ReproduceConfig
+    force: bool
+    notify: Callable[[str], None]
+    progress: Callable[[Progress], None]
+    track: Callable[..., Any]
+    command: str
+
+    def measure(self) -> dict[str, Any]:
+        """What `compare` takes: the result, thresholds, bench or training."""
+        plan = self.recipe.plan
+        if isinstance(plan, FinetuningPlan):
+            return {"training": self._finetune(plan)}
+        if isinstance(plan, BenchPlan):
+            return {"bench": self._bench_mlp(plan) if plan.kind == "mlp" else self._bench_decode(plan)}
+        if isinstance(plan, ThresholdPlan):
+            _, _, profile = self._calibrated(self._source())
+            return {"thresholds": profile.config(plan.sparsity).thresholds}
+        tasks, means = build_tasks(plan.tasks, self.config.data_dir, plan.task_options)
+        model, tokenizer, profile = self._calibrated(self._source())
+        result = run_evaluation(
+            model,
+            tokenizer,
+            make_variants(model, plan.methods, plan.sparsities, profile),
+            tasks,
+            means=means,
+            name=self.recipe.model,
+            batch_size=self.config.batch_size,
+            cache=None if self.config.no_cache else Cache(default_cache()),
+            progress=self.progress,
+            notify=self.notify,
+            command=self.command,
+        )
+        return {"result": result}
+
+    def _source(self) -> ModelSource:
+        return ModelSource(
+            str(self.recipe.model), self.recipe.revision, device=self.config.device, dtype=self.recipe.dtype
+        )
+
+    def _calibrated(self, source: ModelSource) -> tuple[Any, Any, Profile]:
+        """The model, its tokenizer and its profile, which is kept at once and not after hours of measuring."""
+        find_gated_mlps(source.skeleton())  # before gigabytes of weights are read
+        model, tokenizer = source.load(), source.tokenizer()
+        text = self.recipe.calibration
+        assert text is not None
+        if self.config.profile is not None:
+            profile = Profile.load(self.config.profile)
+            profile.check_model(model)
+        else:
+            sampling = replace(text.sampling, batch_size=self.config.batch_size)
+            batches = sampling.batches(TextSource(text.data, text.rows), tokenizer, model)
+            tracked = self.track(batches, "calibrating", sampling.most_batches())
+            profile = calibrate(model, tracked, text.data, tokenizer)
+        if self.config.out is not None:
+            profile.save(self.config.out / _PROFILE, force=True)
+        return model, tokenizer, profile
+
+    def _finetune(self, plan: FinetuningPlan) -> dict[str, Any]:
+        config = self.config
+        assert config.out is not None
+        finetuning.begin(config.out, self.recipe, config.resume)
+        profile = config.out / _PROFILE
+        if "cats" in plan.methods and not (config.resume and profile.is_file()):
+            self._calibrated(self._source())
+        return finetuning.finetune_all(
+            plan,
+            self._source(),
+            config.out,
+            profile=profile,
+            data_dir=config.data_dir,
+            micro_batch=config.batch_size,
+            resume=config.resume,
+            force=self.force,
+            notify=self.notify,
+            command=self.command,
+        )
+
+    def _bench_mlp(self, plan: BenchPlan) -> dict[str, Any]:
+        smoke = self.config.smoke
+        shape = parse_shape("64,96" if smoke else str(plan.shape))
+        dtype: torch.dtype = getattr(torch, plan.dtype)
+        rows = bench_mlp(shape, dtype, list(plan.sparsities), plan.batch, plan.rounds, working_set=0 if smoke else None)
+        return {"benchmark": "mlp", "machine": machine.facts(), "rows": rows}
+
+    def _bench_decode(self, plan: BenchPlan) -> dict[str, Any]:
+        model, _, profile = self._calibrated(replace(self._source(), device="cpu", dtype=plan.dtype))
+        rows: list[dict[str, Any]] = []
+        for tokens in plan.lengths:
+            timed = bench_decode(model, list(plan.sparsities), profile, plan.batch, tokens, plan.rounds)["rows"]
+            rows += [row | {"model": self.recipe.model, "dtype": plan.dtype} for row in timed]
+        return {"benchmark": "decode", "machine": machine.facts(), "rows": rows}
+
+
+def _smoked(recipe: Recipe) -> Recipe:
+    """The same steps on what the package brings along."""
+    plan, expected = recipe.plan, recipe.expected
+    text = str(bundled.calibration_text())
+    if isinstance(plan, EvaluationPlan):
+        missing = [task for task in expand(plan.tasks)[0] if not (smoke_data() / f"{task}.jsonl").is_file()]
+        if missing:
+            raise CatsError(
+                f"--smoke has no documents for {', '.join(missing)}; it can run recipes whose tasks are among "
+                f"{', '.join(TASK_SETS['paper8'])}."
+            )
+    if isinstance(plan, BenchPlan):
+        short = {tokens: 3 + i for i, tokens in enumerate(plan.lengths)}
+        plan = replace(plan, rounds=1, tokens=tuple(short.values()))
+        expected = tuple(replace(e, of=replace(e.of, tokens=e.of.tokens and short[e.of.tokens])) for e in expected)
+    if isinstance(plan, FinetuningPlan):
+        plan = replace(
+            plan,
+            data=text if plan.instructions is None else None,
+            reading=DataConfig(seq_length=64, heldout_samples=8),
+            training=replace(plan.training, steps=2, epochs=None, learning_rate=1e-3, batch_size=4, eval_every=1),
+        )
+    return replace(
+        recipe,
+        plan=plan,
+        model=None if recipe.model is None else str(bundled.model_path()),
+        revision=None,
+        dtype="float32",
+        calibration=recipe.calibration and CalibrationSection(text, Sampling(8, 128, seed=0)),
+        expected=expected,
+    )
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse, before any work, numbers that the recipe will not measure.
+
+    Raises:
+        CatsError: an unknown method, or an expected number of a variant or task that is not run.
+    """
+    plan = recipe.plan
+    if not isinstance(plan, EvaluationPlan):
+        return
+    for name in plan.methods:
+        try:
+            method(name)
+        except CatsError as error:
+            raise CatsError(f"the recipe {recipe.name}: {error}") from error
+    variants = {"dense"}
+    for name in plan.methods:
+        variants |= {f"{name} k={k:g}" for k in plan.sparsities} if method(name).takes_sparsity else {name}
+    tasks = {*expand(plan.tasks)[0], *expand(plan.tasks)[1]}
+    for number in recipe.expected:
+        for what, value, known in (("variant", number.of.variant, variants), ("task", number.of.task, tasks)):
+            if value not in known:
+                raise CatsError(
+                    f"the recipe {recipe.name} expects a number of the {what} {value}, which it does not run; it has "
+                    f"{', '.join(sorted(known))}."
+                )

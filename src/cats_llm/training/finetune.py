@@ -1,0 +1,157 @@
+"""Fine-tuning as one function: from a model and data to the folder of the trained model and its log."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from cats_llm import distributed
+from cats_llm.calibration.batches import check_runs
+from cats_llm.calibration.profile import Profile
+from cats_llm.errors import CatsError
+from cats_llm.loading import default_device
+from cats_llm.model.architecture import check_predicts_tokens
+from cats_llm.model.tokens import check_tokens
+from cats_llm.outputs import check_output
+from cats_llm.text import TextSource, check_length
+from cats_llm.training import run_folder
+from cats_llm.training.adapters import adaptable
+from cats_llm.training.config import FinetuneConfig, TrainingConfig
+from cats_llm.training.data import Data, is_instructions, read_data
+from cats_llm.training.export import LOG, export
+from cats_llm.training.methods import apply_method, check_base, choose_thresholds, final_config, resumed_config
+from cats_llm.training.trainer import ADAPTER, LOG_FILE, Notify, train, trainer_arguments
+
+_TEXT_STEPS = 350  # the least of the paper's runs on text
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    force: bool = False,
+    notify: Notify = lambda _: None,
+    command: str = "",
+    progress_bar: bool = False,
+) -> dict[str, Any]:
+    """Train LoRA adapters through the thresholds, write the model to ``config.out``, and return the log.
+
+    With several processes, as `accelerate launch` starts them, each takes its share of the work, and the first writes.
+
+    Args:
+        force: replace what is there.
+        notify: told of every measurement, and of the result.
+        command: what started the run, for the log.
+        progress_bar: draw one on stderr.
+
+    Returns:
+        The log, as in ``out/finetune.json`` (docs/finetuning.md says what is in it).
+
+    Raises:
+        CatsError: the model cannot be trained so, the data cannot be read, an output is in the way, a run cannot be
+            resumed, or the training diverged.
+    """
+    check_output(config.out, force)
+    device = config.source.device or default_device()
+    source = replace(config.source, device=device, dtype=_training_dtype(config.source.dtype, device))
+    training = _settled(config, source.dtype)
+    profile = Profile.load(config.profile) if config.profile is not None else None
+    skeleton = source.skeleton()
+    _check(skeleton, config, profile)
+    arguments = trainer_arguments(training, config.work, device, config.save_every, progress_bar)
+    facts = {
+        "model": source.model,
+        "revision": source.revision,
+        "dtype": source.dtype,
+        "sparsity": config.sparsity,
+        "profile": str(config.profile) if config.profile is not None else None,
+        "settings": asdict(training),
+        "sources": {"data": config.data, **asdict(config.reading)},
+        "processes": arguments.world_size,
+    }
+    checkpoint = run_folder.begin(config.work, facts, config.resume, force)
+    arguments.eval_on_start = checkpoint is None
+    tokenizer = source.tokenizer()
+    data = _read(config, training, skeleton, tokenizer)
+    model = replace(source, device=str(arguments.device)).load()
+    check_runs(model)
+    thresholds = None
+    if training.method == "cats":
+        thresholds = resumed_config(checkpoint.history, model) if checkpoint is not None else None
+        thresholds = thresholds or choose_thresholds(model, data, config.sparsity, profile, training.micro_batch)
+    apply_method(model, training.method, thresholds)
+    record = {"model": source.model, "dtype": source.dtype, "device": str(arguments.device), "command": command}
+    log = train(model, data, training, arguments, checkpoint.folder if checkpoint else None, notify, record)
+    if log["evaluations"][-1]["loss"] is None:
+        raise CatsError(
+            f"the training diverged: the held-out loss is no number; choose a smaller --learning-rate than "
+            f"{training.learning_rate:g} (the log is {config.work / LOG_FILE})."
+        )
+    if distributed.rank() == 0:
+        del model
+        base = replace(source, device="cpu").load()
+        apply_method(base, training.method, final_config(log, base))
+        export(base, config.work / ADAPTER, tokenizer, config.out, log, not config.keep_adapters, force)
+        run_folder.finish(config.work)
+        first, last = log["evaluations"][0], log["evaluations"][-1]
+        notify(
+            f"{log['name']}: held-out perplexity {_quality(first)} before, {_quality(last)} after {last['step']} steps"
+        )
+        kind = "adapters, and their model in base/," if config.keep_adapters else "the merged model"
+        notify(f"{config.out}: {kind} and the log, {LOG}")
+    return log
+
+
+def _quality(evaluation: dict[str, Any]) -> str:
+    perplexity = "not finite" if evaluation["perplexity"] is None else f"{evaluation['perplexity']:.4g}"
+    share = evaluation.get("sparsity")
+    return f"{perplexity} at {100 * share['gate']:.2f} % gate sparsity" if share else perplexity
+
+
+def _training_dtype(dtype: str, device: str) -> str:
+    if device not in ("cpu", "cuda"):
+        raise CatsError(f"training takes --device cpu or cuda, not {device}; choose GPUs with CUDA_VISIBLE_DEVICES.")
+    if dtype == "auto":
+        return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if dtype not in ("bfloat16", "float32"):
+        raise CatsError(f"training takes --dtype bfloat16 or float32, not {dtype}, whose range is too small.")
+    return dtype
+
+
+def _settled(config: FinetuneConfig, dtype: str) -> TrainingConfig:
+    """The training config with what was left to the data, the batch and the dtype."""
+    training = config.training
+    steps = training.steps
+    if steps is None and training.epochs is None and not is_instructions(TextSource(config.data, config.reading.rows)):
+        steps = _TEXT_STEPS
+    return replace(
+        training,
+        steps=steps,
+        epochs=training.epochs or 1.0,
+        micro_batch=min(training.micro_batch, training.batch_size),
+        bf16=dtype == "bfloat16",
+    )
+
+
+def _check(skeleton: Any, config: FinetuneConfig, profile: Profile | None) -> None:
+    """Refuse, before gigabytes of weights are read, a model that cannot be trained so."""
+    check_predicts_tokens(skeleton, "fine-tuning")
+    check_base(skeleton.config, config.source.model)
+    adaptable(skeleton, config.training.targets)
+    check_length(config.reading.seq_length, skeleton.config)
+    if profile is not None:
+        profile.check_model(skeleton)
+
+
+def _read(config: FinetuneConfig, training: TrainingConfig, skeleton: Any, tokenizer: Any) -> Data:
+    """No more training examples than the steps need, and what is set aside."""
+    reading = config.reading
+    if reading.samples is None and training.steps is not None:
+        needed = training.steps * training.batch_size + reading.heldout_samples + reading.calibration_samples
+        reading = replace(reading, samples=needed)
+    calibrates = training.method == "cats" and (
+        training.refresh_every > 0 or (config.sparsity is not None and config.profile is None)
+    )
+    data = read_data(config.data, reading, tokenizer, training.seed, calibrates)
+    for example in (*data.train, *data.heldout, *data.aside):
+        check_tokens(skeleton, example["input_ids"], tokenizer)
+    return data
