@@ -59,7 +59,6 @@ class Results:
             write_json(self.json, results, self.force)
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
@@ -76,11 +75,6 @@ Device = Annotated[
 Dtype = Annotated[
     str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")
 ]
-TextColumn = Annotated[str, typer.Option(help="Where the text or conversation is in .jsonl, .parquet and datasets.")]
-DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub dataset.", show_default=False)]
-Split = Annotated[str, typer.Option(help="Split of a hub dataset, or of a folder laid out as one.")]
-SeqLength = Annotated[int, typer.Option(min=2, help="Tokens a sequence.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences computed at a time.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.", show_default=False)
 ]
