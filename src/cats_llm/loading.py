@@ -69,19 +69,19 @@ class ModelSource:
     )
 
     def load(self) -> Any:
-        """See `load_model`."""
+        """The model with its weights, see `load_model`."""
         return load_model(self.model, self.dtype, self.device, self.revision, self.trust_remote_code)
 
     def skeleton(self) -> Any:
-        """See `load_skeleton`."""
+        """Its structure without weights, see `load_skeleton`."""
         return load_skeleton(self.model, self.revision, self.trust_remote_code)
 
     def tokenizer(self) -> Any:
-        """See `load_tokenizer`."""
+        """What turns text into its tokens, see `load_tokenizer`."""
         return load_tokenizer(self.model, self.revision, self.trust_remote_code)
 
     def folder(self) -> Path:
-        """See `checkpoint_folder`."""
+        """Its files, downloaded if need be, see `checkpoint_folder`."""
         return checkpoint_folder(self.model, self.revision)
 
 

@@ -295,17 +295,11 @@ def load_sequences(
     Raises:
         CatsError: from `read_documents`; or the text is empty or shorter than one sequence.
     """
-    characters = 0
     source = TextSource.of(source)
     counted = tally if tally is not None else Tally()
-
-    def documents() -> Iterator[str]:
-        nonlocal characters
-        for document in read_documents(source, tokenizer, counted):
-            characters += len(document)
-            yield document
-
-    sequences: Iterable[Tensor] = token_sequences(documents(), tokenizer, length, stride, size, counted)
+    size = size if size is not None else TextSize()
+    documents = read_documents(source, tokenizer, counted)
+    sequences: Iterable[Tensor] = token_sequences(documents, tokenizer, length, stride, size, counted)
     if seed is not None:
         sequences = shuffled(sequences, seed)
     number = 0
@@ -313,7 +307,7 @@ def load_sequences(
         number += 1
         yield sequence
     if number == 0 and samples != 0:
-        if characters == 0:
+        if size.bytes == 0:
             empty = f": all of its {counted.rows} rows are empty" if counted.empty else ""
             raise CatsError(f"{source.path} holds no text{empty}.")
         raise CatsError(

@@ -60,14 +60,14 @@ class Cache:
 
 
 def digest_json(value: Any) -> str:
-    """Of what `json` makes of it, with sorted keys."""
+    """SHA-256 of the value as JSON with sorted keys; what JSON does not know, as text."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @torch.no_grad()
 def digest_model(model: nn.Module) -> str:
-    """Of the weights, their names and dtypes, and the config without its CATS entry: the same, dense or sparse.
+    """SHA-256 of weights, their names and dtypes, and the config without its CATS entry: the same, dense or sparse.
 
     Raises:
         CatsError: a weight is not in memory.
@@ -87,7 +87,7 @@ def digest_model(model: nn.Module) -> str:
 
 
 def digest_tokenizer(tokenizer: Any) -> str:
-    """Of everything that turns text into tokens."""
+    """SHA-256 of everything that turns text into tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     template = getattr(tokenizer, "chat_template", None)
@@ -96,7 +96,7 @@ def digest_tokenizer(tokenizer: Any) -> str:
 
 
 def digest_code() -> str:
-    """Of the parts of this package that decide results, so that a changed method is measured again."""
+    """SHA-256 of the parts of this package that decide results, so that a changed method is measured again."""
     root = Path(cats_llm.__file__).parent
     digest = hashlib.sha256()
     for name in _CODE:

@@ -124,7 +124,7 @@ class EvaluationConfig:
                 )
 
     def text_names(self) -> dict[str, str]:
-        """The texts by names for people, which differ."""
+        """The paths by the names of their tasks: the file's without its ending, each its own."""
         names: dict[str, str] = {}
         for text in self.text:
             name = Path(text).stem or text

@@ -62,7 +62,7 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        """Tokens that the model has an embedding for."""
+        """The tokens of a text; one that the model has no embedding for is an error."""
         ids: list[int] = super().tok_encode(*args, **kwargs)
         check_tokens(self.model, torch.tensor(ids), self.tokenizer)
         return ids
@@ -154,7 +154,7 @@ class LmEvalTask(Task):
         return min(len(leaf.eval_docs), self.options.limit or sys.maxsize)
 
     def versions(self) -> dict[str, str]:
-        """Of lm-eval."""
+        """lm-eval's, whose code scores the documents."""
         return {"lm_eval": version("lm_eval")}
 
     @cached_property
@@ -163,7 +163,7 @@ class LmEvalTask(Task):
         return {name: self._digest(leaf) for name, leaf in self.leaves.items()}
 
     def content(self) -> dict[str, Any]:
-        """Configs and documents."""
+        """Digests of each task's config and documents, examples of the prompts among them, and the options."""
         return {
             "kind": self.kind,
             "leaves": self._digests,
@@ -183,7 +183,7 @@ class LmEvalTask(Task):
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def run(self, subject: Subject, batch: BatchSize) -> Measurement:
-        """Evaluate with lm-eval."""
+        """Score all documents; the metrics are those that lm-eval reports, with the scores behind means."""
         started = time.perf_counter()
         coverage = find_token_mask(subject.model)
         # the last tokens of a sequence must not depend on how long its neighbours are

@@ -75,7 +75,7 @@ class PerplexityTask(Task):
             self.first[1:] = max(1, self.length - self.stride)
 
     def describe(self) -> dict[str, Any]:
-        """Documents are windows."""
+        """The settings, and tokens a word and a byte of the text that was read; documents are windows."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -89,7 +89,7 @@ class PerplexityTask(Task):
         }
 
     def content(self) -> dict[str, Any]:
-        """The windows themselves."""
+        """A digest of the windows' tokens, and which of them are predicted."""
         return {
             "kind": self.kind,
             "windows": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),

@@ -132,7 +132,7 @@ def _measure(model: Any, tokenizer: Any, variant: Variant, task: Task, batch: Ba
 
 
 class _Keys:
-    """What a measurement depends on, for the cache."""
+    """Keys of the cache: a model, tokenizer, method, task and this code, by digests of their content."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model

@@ -71,7 +71,7 @@ class SparsityCounter:
 
     @property
     def batch(self) -> int:
-        """Number of sequences in the last call."""
+        """How many sequences were computed together in the last call."""
         return len(self._real) if self._real is not None else 0
 
     def crop(self, lengths: list[int]) -> None:
@@ -97,7 +97,7 @@ class SparsityCounter:
         return int(self._total[_DECODER][1]) if _DECODER in self._total else 0
 
     def result(self) -> dict[int, float]:
-        """The gate sparsity of each layer."""
+        """The gate sparsity of each layer, a share of its neurons over all tokens counted."""
         return {layer: skipped / seen for layer, (skipped, seen) in self.counts().items() if seen}
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

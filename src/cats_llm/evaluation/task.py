@@ -62,12 +62,16 @@ class Measurement:
     inputs: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as JSON holds them: layer numbers as text, pairs as lists."""
         return asdict(self) | {"counts": {str(layer): list(count) for layer, count in self.counts.items()}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Measurement":
-        """From JSON."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            CatsError: a field is missing or of another kind.
+        """
         try:
             metrics = [Metric(**metric) for metric in values["metrics"]]
             counts = {int(layer): (int(a), int(b)) for layer, (a, b) in values["counts"].items()}

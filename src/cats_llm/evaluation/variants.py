@@ -47,7 +47,7 @@ class Variant:
         return self.config.sparsity if self.config is not None else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in a result file."""
+        """The entry of ``variants`` in a result file (docs/evaluation.md)."""
         config = self.config
         cats = config if isinstance(config, CatsConfig) else None
         inputs = config if isinstance(config, InputConfig) else None
@@ -69,7 +69,7 @@ class Variant:
         }
 
     def settings(self) -> Any:
-        """What of the config decides the result, for JSON."""
+        """What of the config decides the result, for the cache's key: no record, no sparsity that was aimed at."""
         config = self.config
         if config is None:
             return None
