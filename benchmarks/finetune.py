@@ -263,7 +263,7 @@ class Benchmark:
         with write_file(out / "finetune.md", force=True) as file:
             file.write_text(table(self.results), encoding="utf-8")
         try:
-            from cats_llm.report.drawing import style
+            from cats_llm.report.style import style
         except ImportError:
             return
         with style(), write_file(out / "finetune.svg", force=True) as file:

@@ -184,7 +184,7 @@ def figures(run: Run) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         run.say("no figures: matplotlib is not installed")
         return
-    from cats_llm.report.bench import write_figure
+    from cats_llm.report.bench_figures import write_figure
 
     for section, kind in (("mlp", "mlp"), ("prefill", "mlp"), ("decode", "decode")):
         if run.results.get(section):

@@ -13,14 +13,15 @@ import cats_llm
 SOURCE = Path(cats_llm.__file__).parent
 
 # what each part of the package may import of it, beside itself and what all may use
-ALL_MAY_USE = {"dtypes", "errors", "formats", "options", "outputs", "distributed", "checkpoint", "versions"}
-GROUND_FLOOR = {"kernels", "dtypes", "errors", "options", "outputs", "distributed"}
+GROUND_FLOOR = {"kernels", "dtypes", "errors", "options", "outputs", "distributed", "number_format"}
+ALL_MAY_USE = GROUND_FLOOR - {"kernels"} | {"formats", "checkpoint", "versions"}
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
     "outputs": {"errors"},
     "distributed": {"errors"},
     "formats": set(),
+    "number_format": set(),
     "versions": set(),
     "dtypes": set(),
     "kernels": {"dtypes"},
@@ -38,7 +39,8 @@ MAY_IMPORT = {
     "calibration": {"kernels", "loading", "model", "text"},
     "evaluation": {"calibration", "kernels", "loading", "model", "text"},
     "training": {"calibration", "chat", "evaluation", "loading", "model", "rows", "text"},
-    "report": set(),
+    "report": {"calibration"},
+    "demo": {"bundled", "calibration", "continuation", "evaluation", "loading", "model", "report", "text"},
     "recipes": {"benchmark", "bundled", "calibration", "evaluation", "kernels", "loading", "model", "text", "training"},
 }
 

@@ -23,9 +23,9 @@ from cats_llm.benchmark.shapes import SHAPES, Shape
 from cats_llm.cli.main import main
 from cats_llm.model.sparsify import sparse_mlps, thresholds
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.report.bench import latency, read_bench, throughput, write_figure
-from cats_llm.report.collection import Collection
-from cats_llm.report.page import render_page
+from cats_llm.report import ReportInputs, render_page
+from cats_llm.report.bench import read_bench
+from cats_llm.report.bench_figures import latency, throughput, write_figure
 from marks import needs_kernels
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
@@ -271,7 +271,7 @@ def test_results_of_a_gpu_go_into_the_report(tmp_path):
         values = {"benchmark": kind, "rows": rows, "machine": {"cpu": "a CPU"}}
         (found,) = read_bench(values, tmp_path / "gpu.json")
         assert found.place == "a GPU"
-        html = render_page(Collection(benches=[found]))
+        html = render_page(ReportInputs(benches=[found]))
         assert "a GPU" in html
         assert "None" not in html
 

@@ -474,15 +474,21 @@ def test_demo(cats, tmp_path, read_json, capsys):
     out = tmp_path / "demo"
     assert cats("demo", "--out", out, "--samples", 2, "--max-new-tokens", 8) == 0
     results = read_json(out / "results.json")
-    assert set(results["evaluations"]) == {"dense", "cats-50", "cats-70", "cats-90"}
-    for name in ("cats-50", "cats-70", "cats-90"):
-        assert cats_llm.thresholds(AutoModelForCausalLM.from_pretrained(out / name))
-        target = results["configs"][name]["sparsity"]
-        assert all(abs(s - target) <= 1e-3 for s in results["configs"][name]["layer_sparsity"].values())
-    perplexities = [results["evaluations"][name]["perplexity"] for name in ("dense", "cats-50", "cats-70", "cats-90")]
+    variants = {variant["name"]: variant for variant in results["variants"]}
+    assert list(variants) == ["dense", "cats k=0.5", "cats k=0.7", "cats k=0.9"]
+    for folder, (name, variant) in zip(("cats-50", "cats-70", "cats-90"), list(variants.items())[1:], strict=True):
+        assert cats_llm.thresholds(AutoModelForCausalLM.from_pretrained(out / folder))
+        assert all(abs(s - variant["sparsity"]) <= 1e-3 for s in variant["layer_sparsity"].values()), name
+    perplexities = [row["value"] for row in results["results"] if row["metric"] == "perplexity"]
+    assert len(perplexities) == 4
     assert perplexities == sorted(perplexities)
+    assert all(texts.keys() == variants.keys() for texts in results["continuations"].values())
     report = (out / "report.html").read_text(encoding="utf-8")
     assert f"{perplexities[1]:.2f}" in report
+    # an ordinary result and profile, and the one page
+    again = tmp_path / "again.html"
+    assert cats("report", out / "results.json", out / "profile.safetensors", "--output", again) == 0
+    assert again.read_text(encoding="utf-8") == report
     printed = capsys.readouterr().out
     assert "to the bit" in printed
     # a rate of this model, taken once, is noise

@@ -383,7 +383,7 @@ def test_the_command_compares_them(short_text, tmp_path):
     assert "At equal k, not equal bytes" in " ".join(done.output.split())
     read = read_eval(json.loads(out.read_text(encoding="utf-8")), out)
     assert [v.name for v in read.variants] == ["dense", "cats k=0.5", "teal k=0.5", "wina k=0.5"]
-    assert read.row("wina k=0.5", "heldout", "perplexity").gate is None
+    assert read.row("wina k=0.5", "heldout", "perplexity").sparsity.gate is None
     done = run_cli(*calibrated, "--equal-bytes", "--json", out, "--force")
     assert done.exit_code == 0, done.output
     assert "At equal bytes: teal, wina skip that share" in " ".join(done.output.split())

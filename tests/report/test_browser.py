@@ -10,9 +10,8 @@ import pytest
 from browser import NEEDED, chromium
 from cats_llm import bundled
 from cats_llm.cli.main import main
-from cats_llm.report import write_html
-from demo_reports import report
 from eval_files import BENCHES, eval_file, write
+from profiles import profile
 
 pytestmark = NEEDED
 
@@ -58,8 +57,12 @@ def results(folder):
 
 
 def demo(folder):
-    """The page of `cats demo`."""
-    write_html(report(layers=8), folder / "report.html")
+    """A page as `cats demo` makes it: one model, a text, a profile and continuations."""
+    values = eval_file(tasks=(), relu=False, layers=8)
+    values["continuations"] = {"Once upon a time": {v["name"]: "there was a fox " * 30 for v in values["variants"]}}
+    profile(layers=8).save(folder / "profile.safetensors")
+    files = [write(folder / "results.json", values), folder / "profile.safetensors"]
+    assert main(["report", *map(str, files), "-o", str(folder / "report.html")]) == 0
     return folder / "report.html"
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from cats_llm.cli.main import main
-from cats_llm.cli.report import read
 from cats_llm.errors import CatsError
-from cats_llm.report.bench import facts, is_bench, latency, read_bench, throughput, write_figure
-from cats_llm.report.collection import Collection, drawings
-from cats_llm.report.page import headline, render_page
-from cats_llm.report.tables import bench_table, markdown
+from cats_llm.report import ReportInputs, markdown, read_files, render_page
+from cats_llm.report.bench import facts, is_bench, read_bench
+from cats_llm.report.bench_figures import latency, throughput, write_figure
+from cats_llm.report.page import headline, page_figures
+from cats_llm.report.tables import bench_table
 
 RESULTS = Path(__file__).parents[2] / "benchmarks"
 BOUND = "#c2410c"
@@ -322,13 +322,9 @@ def test_the_table(benches):
 
 
 def test_speed_is_told(benches):
-    said = headline(Collection(benches=list(benches.values())))
-    assert (
-        said[0]
-        .replace("\xa0", " ")
-        .startswith(
-            "At 50 % gate sparsity one MLP of mistral-7b takes 0.0677 ms on NVIDIA H200, 1.42 times as fast as PyTorch"
-        )
+    said = headline(ReportInputs(benches=list(benches.values())))
+    assert said[0].startswith(
+        "At 50 % gate sparsity one MLP of mistral-7b takes 0.0677 ms on NVIDIA H200, 1.42 times as fast as PyTorch"
     )
     assert "one MLP of mistral-7b with 512 tokens at a time takes 0.293 ms on NVIDIA H200" in said[1]
     assert "one token (mistral-7b, generate, compiled) takes 5.17 ms on NVIDIA H200" in said[2]
@@ -364,18 +360,18 @@ def test_a_file_without_rows(values):
 
 def test_the_committed_results(tmp_path, capsys):
     files = [RESULTS / "gpu" / f"{name}.json" for name in ("h200-mlp", "h200-decode")]
-    made = read([*files, *sorted((RESULTS / "cpu").glob("*.json"))])
+    made = read_files([*files, *sorted((RESULTS / "cpu").glob("*.json"))])
     html, text = render_page(made), markdown(made)
     assert "NVIDIA H200" in html
     assert "None" not in html + text
     for bench in made.benches:
         for row in bench_table(bench).rows:
             assert row[0] in text
-    assert len(drawings(made)) == len(made.benches) + sum(bench.kind == "decode" for bench in made.benches)
+    assert len(page_figures(made)) == len(made.benches) + sum(bench.kind == "decode" for bench in made.benches)
     assert main(["report", *map(str, files), "-o", str(tmp_path / "r.html"), "--figures", str(tmp_path / "f")]) == 0
     assert "on NVIDIA H200" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "f").is_dir()
     for file in files:
-        bench = read([file]).benches[0]
+        bench = read_files([file]).benches[0]
         write_figure(bench.kind, bench.rows, tmp_path / f"{file.stem}.svg")
         assert "<svg" in (tmp_path / f"{file.stem}.svg").read_text(encoding="utf-8")

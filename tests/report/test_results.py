@@ -7,19 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from bs4 import BeautifulSoup
 
 import cats_llm
-from cats_llm.calibration.distribution import MagnitudeDistribution
+import profiles
 from cats_llm.cli.main import main
-from cats_llm.cli.report import profile_data, read
-from cats_llm.report import bench, curves
-from cats_llm.report.collection import Collection, drawings
-from cats_llm.report.costs import findings, main_measures, with_mean
-from cats_llm.report.page import headline, render_page
+from cats_llm.number_format import Z95
+from cats_llm.report import ReportInputs, bench, markdown, quality_figures, read_files, render_page
+from cats_llm.report.bench_figures import latency, throughput
+from cats_llm.report.deltas import findings, main_measures, with_mean
+from cats_llm.report.page import headline, page_figures
 from cats_llm.report.results import merge, read_eval
-from cats_llm.report.tables import markdown
 from eval_files import BENCHES, PAPER8, eval_file, row, write
 from pages import HOSTILE, check_page, shown_number
 
@@ -28,21 +26,15 @@ def result(values, path="a.json"):
     return read_eval(values, Path(path))
 
 
-def collection(*values, profiles=(), benches=()):
+def inputs(*values, profiles=(), benches=()):
     results = [(Path(f"{chr(97 + i)}.json"), result(v)) for i, v in enumerate(values)]
-    return Collection.of(results, profiles, benches, [path.name for path, _ in results])
+    return ReportInputs.of(results, profiles, benches, files=[path.name for path, _ in results])
 
 
 @pytest.fixture
 def profile(tmp_path):
     """A profile of four layers, saved."""
-    layers = {}
-    for layer in range(4):
-        values = torch.rand(1000, generator=torch.Generator().manual_seed(layer)).sort().values
-        edges = torch.cat((torch.zeros(1), values[::10][1:]))
-        counts = torch.full((len(edges),), 10, dtype=torch.int64)
-        layers[layer] = MagnitudeDistribution(edges, counts, float(values[-1]), 0)
-    made = cats_llm.Profile(layers, {"model": "org/Some-Model-7B", "tokens": 10, "data": "text", "versions": {}})
+    made = profiles.profile()
     made.save(tmp_path / "profile.safetensors")
     return made
 
@@ -58,7 +50,7 @@ def test_a_file_is_read_to_the_last_number():
     for raw, found in zip(values["results"], read_back.rows, strict=True):
         assert (found.variant, found.task, found.metric) == (raw["variant"], raw["task"], raw["metric"])
         assert (found.value, found.stderr, found.n) == (raw["value"], raw["stderr"], raw["n"])
-        assert (found.gate, found.ffn, found.model) == tuple(raw["sparsity"].values())
+        assert vars(found.sparsity) == raw["sparsity"]
         if raw["difference"]:
             assert found.difference.low == raw["difference"]["low"]
             assert found.difference.high == raw["difference"]["high"]
@@ -193,7 +185,7 @@ def test_the_mean_is_numpys():
             half = 1.96 * np.sqrt(np.sum(np.square(errors))) / 8
             assert found.difference.value == pytest.approx(np.mean([r["difference"]["value"] for r in rows]))
             assert found.difference.high - found.difference.value == pytest.approx(half, rel=1e-3)
-            assert found.gate == pytest.approx(rows[0]["sparsity"]["gate"])
+            assert found.sparsity.gate == pytest.approx(rows[0]["sparsity"]["gate"])
 
 
 def test_a_mean_in_the_file_is_believed():
@@ -214,13 +206,9 @@ def test_there_is_no_mean_over_tasks_that_a_variant_lacks():
 # what is said
 
 
-def plain(sentences):
-    return [sentence.replace("\xa0", " ") for sentence in sentences]
-
-
 def test_findings():
     values = eval_file(sparsities=(0.5, 0.9), relu=False)
-    said = plain(findings([with_mean(result(values))]))
+    said = findings([with_mean(result(values))])
     assert said[0] == (
         "At 50 % gate sparsity Some-Model-7B’s accuracy (mean of 8 tasks) falls from 64.50 % to 63.95 %: "
         "−0.55 points (95 % interval −0.97 to −0.12 points)."
@@ -242,12 +230,12 @@ def test_few_documents_promise_nothing():
         row("dense", "piqa", "acc", 0.4, n=25),
         row("cats k=0.9", "piqa", "acc", 0.4, 0.4, half=0.0, gate=0.9, n=25),
     ]
-    said = plain(findings([result(values)]))
+    said = findings([result(values)])
     assert said[0].endswith("stays at 40.00 %: +0.00 points (no score changed on these 25 documents).")
     assert said[-1] == "No sparsity tested surely keeps accuracy within one point of dense on this data."
     for raw in values["results"]:
         raw["n"] = 1000
-    assert plain(findings([result(values)]))[-1].endswith("accuracy on this data is 90 %.")
+    assert findings([result(values)])[-1].endswith("accuracy on this data is 90 %.")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +255,7 @@ def test_headline_of_one_task(values, says):
     made["results"] = [row("cats k=0.5", "piqa", "acc", values["value"], base, gate=0.5, **changes)]
     if base is not None:
         made["results"].append(row("dense", "piqa", "acc", base))
-    assert says in plain(findings([result(made)]))[0]
+    assert says in findings([result(made)])[0]
 
 
 def test_coverage_is_told():
@@ -275,7 +263,7 @@ def test_coverage_is_told():
     values["variants"][1]["coverage"] = {"dense_prefill": False, "dense_first_tokens": 4, "last_fraction": 0.5}
     said = findings([with_mean(result(values))])[2]
     assert said.startswith("cats k=0.5 (first 4 dense, last 0.5 of a prompt sparse): ")
-    assert result(eval_file()).variant("cats k=0.5").coverage == ""
+    assert result(eval_file()).variant("cats k=0.5").tokens == ""
 
 
 # the page
@@ -291,7 +279,7 @@ def tables(html, kind):
 
 def test_the_short_table_says_what_each_sparsity_costs():
     values = eval_file()
-    (lines,) = tables(render_page(collection(values)), "costs")
+    (lines,) = tables(render_page(inputs(values)), "costs")
     assert [line[0] for line in lines] == ["dense", "cats k=0.5", "cats k=0.7", "cats k=0.9", "relu"]
     for line, v in zip(lines, values["variants"], strict=True):
         rows = [r for r in values["results"] if r["variant"] == v["name"] and r["metric"] == "acc"]
@@ -309,7 +297,7 @@ def test_the_short_table_says_what_each_sparsity_costs():
 
 def test_all_numbers_are_in_the_page_and_in_markdown():
     values = eval_file()
-    made = collection(values)
+    made = inputs(values)
     html, text = render_page(made), markdown(made)
     for raw in values["results"]:
         assert f'<data value="{raw["value"]}">' in html
@@ -321,11 +309,11 @@ def test_all_numbers_are_in_the_page_and_in_markdown():
 
 
 def test_the_page_is_self_contained_and_deterministic(profile):
-    made = collection(eval_file(), profiles=[profile_data(profile)], benches=[read([f]).benches[0] for f in BENCHES])
+    made = inputs(eval_file(), profiles=[profile], benches=[read_files([f]).benches[0] for f in BENCHES])
     html = render_page(made)
     soup = check_page(html)
     assert html == render_page(made)
-    names = [d.name for d in drawings(made)]
+    names = [d.name for d in page_figures(made)]
     assert names == [
         "accuracy",
         "perplexity",
@@ -359,7 +347,7 @@ def test_the_page_is_self_contained_and_deterministic(profile):
     ids=range(11),
 )
 def test_whatever_is_missing_the_rest_is_shown(values, tmp_path):
-    made = collection(values)
+    made = inputs(values)
     check_page(render_page(made))
     assert markdown(made)
     assert headline(made)
@@ -372,7 +360,7 @@ def test_hostile_names_are_text(tmp_path):
         for r in values["results"]:
             r["variant"] = v["name"] if r["variant"] == old else r["variant"]
     values["command"] = HOSTILE
-    made = collection(values)
+    made = inputs(values)
     check_page(render_page(made))
     text = markdown(made)
     assert "<script" not in text.replace("\\<script", "")
@@ -384,9 +372,9 @@ def test_hostile_names_are_text(tmp_path):
 
 def test_curves_plot_the_numbers():
     values = eval_file()
-    panels = curves.accuracy_panels([with_mean(result(values))])
+    panels = quality_figures.accuracy_panels([with_mean(result(values))])
     assert [panel.measure.task.name for panel in panels] == ["mean of 8 tasks", *PAPER8]
-    figure = curves.cost_curves(panels)
+    figure = quality_figures.quality_curves(panels)
     for axes, task in zip(figure.axes[1:], PAPER8, strict=True):
         rows = [r for r in values["results"] if r["task"] == task and r["variant"] != "relu"]
         cats, relu = axes.containers
@@ -394,9 +382,9 @@ def test_curves_plot_the_numbers():
         np.testing.assert_allclose(cats.lines[0].get_ydata().astype(float), [100 * r["value"] for r in rows])
         segments = cats.lines[2][0].get_segments()
         for segment, r in zip(segments, rows, strict=True):
-            assert segment[1][1] - segment[0][1] == pytest.approx(100 * 2 * 1.96 * r["stderr"])
+            assert segment[1][1] - segment[0][1] == pytest.approx(100 * 2 * Z95 * r["stderr"])
         assert relu.lines[0].get_xdata().tolist() == [0, 62]
-    panels = curves.text_panels([result(values)])
+    panels = quality_figures.text_panels([result(values)])
     assert [panel.measure.metric for panel in panels] == ["perplexity", "kl", "top1_agreement"]
     assert panels[1].series["cats"][0] == (0, 0, 0)
     assert panels[2].series["cats"][0] == (0, 1, 0)
@@ -418,39 +406,39 @@ def inputs_beside_neurons():
 
 def test_methods_that_skip_inputs_are_compared_by_weights():
     values = inputs_beside_neurons()
-    panels = curves.accuracy_panels([with_mean(result(values))])
+    panels = quality_figures.accuracy_panels([with_mean(result(values))])
     rows = {r["variant"]: r for r in values["results"] if r["task"] == "piqa"}
     panel = next(panel for panel in panels if panel.measure.task.name == "piqa")
     assert [point.x for point in panel.series["cats"]] == [0, rows["cats k=0.5"]["sparsity"]["model"]]
     assert [point.x for point in panel.series["teal"]] == [0, 0.47]
-    label = curves.cost_curves(panels).get_supxlabel()
+    label = quality_figures.quality_curves(panels).get_supxlabel()
     assert label == "share of all linear weights skipped, measured on the same data"
-    only = curves.cost_curves(curves.accuracy_panels([result(eval_file())]))
+    only = quality_figures.quality_curves(quality_figures.accuracy_panels([result(eval_file())]))
     assert only.get_supxlabel() == "gate sparsity, measured on the same data"
 
 
 def test_methods_that_skip_inputs_have_no_gate_sparsity():
     values = inputs_beside_neurons()
-    said = plain(findings([with_mean(result(values))]))
+    said = findings([with_mean(result(values))])
     assert any(s.startswith("teal k=0.9 (equal bytes): 47.0 % of all linear weights skipped; accuracy") for s in said)
-    (lines,) = tables(render_page(collection(values)), "costs")
+    (lines,) = tables(render_page(inputs(values)), "costs")
     line = next(line for line in lines if line[0].startswith("teal"))
     assert not re.search(r"\d|None|nan", line[1]), line[1]
     assert shown_number(line[3]) == pytest.approx(47)
-    assert "| 47.0 % |" in markdown(collection(values)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "| 47.0 % |" in markdown(inputs(values))
     values["variants"] = [v for v in values["variants"] if v["method"] != "cats"]
     values["results"] = [r for r in values["results"] if not r["variant"].startswith("cats")]
-    said = plain(findings([with_mean(result(values))]))
+    said = findings([with_mean(result(values))])
     assert said[0].startswith("With teal k=0.9 (equal bytes) Some-Model-7B’s accuracy")
 
 
 def test_models_before_and_after_are_lines_of_one_panel():
     before, after = (result(eval_file(model=m, shift=s)) for m, s in (("before", 0.0), ("after", -0.05)))
-    lines = curves.layer_lines([before, after])
+    lines = quality_figures.layer_lines([before, after])
     assert set(lines) == {"cats k=0.5", "cats k=0.7", "cats k=0.9", "relu"}
     assert lines["cats k=0.5"]["before"].mean == pytest.approx({i: 0.496 + 0.004 * i for i in range(4)})
     assert lines["cats k=0.5"]["after"].mean == pytest.approx({i: 0.446 + 0.004 * i for i in range(4)})
-    figure = curves.sparsity_by_layer([before, after])
+    figure = quality_figures.sparsity_by_layer([before, after])
     axes = figure.axes[0]
     drawn = [line for line in axes.lines if len(line.get_xdata()) == 4]
     np.testing.assert_allclose(drawn[0].get_ydata(), [49.6, 50.0, 50.4, 50.8])
@@ -467,31 +455,31 @@ def test_a_band_spans_the_tasks():
         if (r["variant"], r["task"]) == ("cats k=0.5", "sciq"):
             r["layer_sparsity"] = dict.fromkeys("0123", 0.6)
             r["tokens"] = 30_000
-    line = curves.layer_lines([with_mean(result(values))])["cats k=0.5"]["Some-Model-7B"]
+    line = quality_figures.layer_lines([with_mean(result(values))])["cats k=0.5"]["Some-Model-7B"]
     assert line.high[0] == 0.6
     assert line.low[0] == pytest.approx(0.496)
     assert line.mean[0] == pytest.approx((2 * 0.496 + 3 * 0.6) / 5)
 
 
 def test_histograms_show_the_thresholds_that_were_evaluated(profile):
-    (shown,) = collection(eval_file(), profiles=[profile_data(profile)]).profiles
-    assert shown.variants["cats k=0.5"][1] == result(eval_file()).variant("cats k=0.5").thresholds
-    (alone,) = collection(profiles=[profile_data(profile)]).profiles
-    assert alone.variants["cats k=0.5"] == (0.5, profile.config(0.5).thresholds)
-    (other,) = collection(eval_file(model="other"), profiles=[profile_data(profile)]).profiles
-    assert other.variants == alone.variants
+    (shown,) = inputs(eval_file(), profiles=[profile]).profiles
+    assert shown.thresholds["cats k=0.5"] == result(eval_file()).variant("cats k=0.5").thresholds
+    (alone,) = inputs(profiles=[profile]).profiles
+    assert alone.thresholds["cats k=0.5"] == profile.config(0.5).thresholds
+    (other,) = inputs(eval_file(model="other"), profiles=[profile]).profiles
+    assert other.thresholds == alone.thresholds
 
 
 @pytest.mark.parametrize("file", BENCHES, ids=lambda f: f.stem)
 def test_bars_are_the_measurements(file):
-    made = read([file]).benches[0]
-    figures = [bench.latency] + [bench.throughput] * (made.kind == "decode")
+    made = read_files([file]).benches[0]
+    figures = [latency] + [throughput] * (made.kind == "decode")
     for draw in figures:
         for wide in (True, False):
             figure = draw(made.kind, made.rows, wide=wide)
             widths = [patch.get_width() for axes in figure.axes for patch in axes.patches]
             rows = sorted(made.rows, key=lambda r: 0)
-            if draw is bench.latency:
+            if draw is latency:
                 expected = [bench.facts(made.kind, r)[2]["median"] for r in rows]
             else:
                 expected = [r["tokens_per_second"] for r in rows]
@@ -499,8 +487,8 @@ def test_bars_are_the_measurements(file):
 
 
 def test_speed_is_told():
-    made = Collection.of([], [], [read([file]).benches[0] for file in BENCHES], [])
-    said = plain(headline(made))
+    made = ReportInputs(benches=[read_files([file]).benches[0] for file in BENCHES])
+    said = headline(made)
     assert "takes 8.77 ms on 1 thread of AMD EPYC, 2.37 times as fast as PyTorch" in said[1]
     assert "its bytes allow 1.50 times" in said[1]
 
@@ -517,7 +505,7 @@ def test_the_command_writes_everything(tmp_path, capsys, profile):
     assert "falls from 64.50 % to 63.95 %" in printed
     assert check_page(out.read_text(encoding="utf-8"))
     assert text.read_text(encoding="utf-8").startswith("**Some-Model-7B** (bfloat16, cpu)")
-    names = [f"{d.name}.{ending}" for d in drawings(read(files)) for ending in ("svg", "png")]
+    names = [f"{d.name}.{ending}" for d in page_figures(read_files(files)) for ending in ("svg", "png")]
     assert sorted(p.name for p in figures.iterdir()) == sorted(names)
     for path in figures.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
@@ -532,7 +520,7 @@ def test_the_command_writes_everything(tmp_path, capsys, profile):
 def test_markdown_on_stdout_is_all_there_is(tmp_path, capsys):
     file = write(tmp_path / "a.json", eval_file())
     assert main(["report", str(file), "-o", str(tmp_path / "r.html"), "--markdown", "-"]) == 0
-    assert capsys.readouterr().out == markdown(read([file]))
+    assert capsys.readouterr().out == markdown(read_files([file]))
 
 
 def test_without_the_extra(tmp_path, capsys, monkeypatch):

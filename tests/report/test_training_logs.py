@@ -8,7 +8,7 @@ from bs4 import BeautifulSoup
 
 from cats_llm import CatsError
 from cats_llm.cli.main import main
-from cats_llm.report import drawing, training
+from cats_llm.report import style, training
 
 
 def log(name="cats k=0.7", start=20.0, end=18.0, gate=0.7, **changes):
@@ -51,7 +51,7 @@ def test_the_page_shows_curves_and_ends(tmp_path, capsys):
     cells = [[cell.text for cell in row.find_all(["th", "td"])] for row in page.select("table.speed tbody tr")]
     assert [row[0] for row in cells] == ["cats k=0.7", "relu", "dense"]
     assert cells[0][1:5] == ["0.001", "100", "20.000", "18.000"]
-    assert cells[0][6:] == ["70.0\xa0%", "60.0\xa0%"]
+    assert cells[0][6:] == ["70.0 %", "60.0 %"]
     assert cells[2][6:] == ["–", "–"]
     assert "cats finetune ..." in page.text
     assert {f.name for f in (tmp_path / "f").iterdir()} == {"training.svg", "training.png"}
@@ -78,7 +78,7 @@ def test_a_diverged_run_is_drawn_as_far_as_it_goes(tmp_path):
     broken = log()
     broken["evaluations"][0]["perplexity"] = None  # of the last step
     (run,) = read(broken, tmp_path)
-    with drawing.style():
+    with style.style():
         (axes, _) = training.curves([run]).axes
     assert axes.get_lines()[0].get_xdata().tolist() == [0, 50]
     assert training.rows([run])[0][4] == "–"

@@ -207,7 +207,7 @@ def _finish(
     if json is not None:
         write_json(json, {"benchmark": kind, "machine": machine.facts(), "rows": rows, **more}, force)
     if figure is not None:
-        from cats_llm.report.bench import write_figure
+        from cats_llm.report.bench_figures import write_figure
 
         write_figure(kind, rows, figure, force)
 

@@ -7,15 +7,14 @@ import typer
 
 from cats_llm import recipes
 from cats_llm.benchmark import machine
-from cats_llm.cli import options, report
+from cats_llm.cli import options
 from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
 from cats_llm.cli.signature import with_options
 from cats_llm.errors import CatsError
 from cats_llm.outputs import command_line, write_file
 from cats_llm.recipes import BenchPlan, FinetuningPlan
 from cats_llm.recipes.reproduce import REPORTED, ReproduceConfig, Reproduction, reproduce
-from cats_llm.report import page
-from cats_llm.report.extra import MissingExtraError, require_extra
+from cats_llm.report import MissingExtraError, read_files, render_page, require_extra
 
 
 def add_to(app: typer.Typer) -> None:
@@ -80,7 +79,7 @@ def _draw(out: Path) -> None:
         return
     files = [out / name for name in REPORTED if (out / name).is_file()]
     with write_file(out / "report.html", force=True) as temporary:
-        temporary.write_text(page.render_page(report.read(files)), encoding="utf-8")
+        temporary.write_text(render_page(read_files(files)), encoding="utf-8")
 
 
 def _list() -> None:

@@ -1,20 +1,19 @@
-"""The results of calibration and evaluation as one self-contained HTML file.
+"""Result files of other commands as one self-contained HTML page, as figures and as tables.
 
-Plain data goes in, so nothing here knows a model. matplotlib and jinja2 are imported when something is drawn, not
-before: the data can be made, saved and read without them.
+matplotlib and jinja2 are imported when something is drawn, not before: results can be read and told without them.
 """
 
-from cats_llm.report.data import Continuation, LayerDistribution, Report, Variant
-from cats_llm.report.extra import MissingExtraError, require_extra
-from cats_llm.report.html import render_html, write_html
+from cats_llm.report.inputs import ReportInputs, read_files
+from cats_llm.report.optional_dependency import MissingExtraError, require_extra
+from cats_llm.report.page import render_page, write_figures
+from cats_llm.report.tables import markdown
 
 __all__ = [
-    "Continuation",
-    "LayerDistribution",
     "MissingExtraError",
-    "Report",
-    "Variant",
-    "render_html",
+    "ReportInputs",
+    "markdown",
+    "read_files",
+    "render_page",
     "require_extra",
-    "write_html",
+    "write_figures",
 ]

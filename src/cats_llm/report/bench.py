@@ -1,29 +1,24 @@
-"""Benchmark results as figures: latency and throughput of each contestant, beside what the bytes allow."""
+"""Results of `cats bench` and benchmarks/gpu.py: reading them, a table, and what they say."""
 
 from __future__ import annotations
 
 import math
 import re
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cats_llm.errors import CatsError
-from cats_llm.outputs import write_file
-from cats_llm.report.extra import require_extra
-from cats_llm.report.wording import SPACE, number, short_name
+from cats_llm.number_format import counted, number, target
+from cats_llm.report.labels import short_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from matplotlib.figure import Figure
-
 KINDS = ("mlp", "decode")
 # what a file of benchmarks/gpu.py has in place of rows: its lists, and the kind of each
 GPU_SECTIONS = {"mlp": "mlp", "prefill": "mlp", "decode": "decode"}
 _SCRIPT = "benchmarks/gpu.py"
-_OURS, _OTHERS, _BOUND = "#2563a8", "#9aa4b2", "#c2410c"
 
 
 @dataclass(frozen=True)
@@ -84,14 +79,14 @@ def read_bench(values: Mapping[str, Any], path: Path) -> list[Bench]:
     kind, machine = values["benchmark"], values.get("machine")
     machine = dict(machine) if isinstance(machine, dict) else {}
     if kind == "gpu":
-        found = {name: values[name] for name in GPU_SECTIONS if values.get(name)}
-        if not found:
+        sections = {name: values[name] for name in GPU_SECTIONS if values.get(name)}
+        if not sections:
             raise CatsError(f"{path} is a benchmark without rows; run {_SCRIPT} again.")
         return [
             Bench(
                 f"{path.stem}-{name}", GPU_SECTIONS[name], machine, _rows(GPU_SECTIONS[name], name, rows, path, _SCRIPT)
             )
-            for name, rows in found.items()
+            for name, rows in sections.items()
         ]
     if kind not in KINDS:
         raise CatsError(
@@ -152,8 +147,8 @@ def facts(kind: str, row: Mapping[str, Any]) -> tuple[int | None, int, dict[str,
 
 def sparsity(row: Mapping[str, Any]) -> float | None:
     """The gate sparsity of one of our contestants; None for others'."""
-    found = re.match(r"k = (\d+(?:\.\d+)?)(?:,|$)", row["contestant"])
-    return float(found[1]) if found else None
+    match = re.match(r"k = (\d+(?:\.\d+)?)(?:,|$)", row["contestant"])
+    return float(match[1]) if match else None
 
 
 def time_unit(kind: str, rows: Iterable[Mapping[str, Any]]) -> tuple[str, float]:
@@ -161,113 +156,39 @@ def time_unit(kind: str, rows: Iterable[Mapping[str, Any]]) -> tuple[str, float]
     return ("µs", 1000.0) if all(facts(kind, row)[2]["median"] < 1 for row in rows) else ("ms", 1.0)
 
 
-def several(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:
+def differ(name: str, rows: Iterable[Mapping[str, Any]]) -> bool:
     """Whether rows differ in a member."""
     return len({row.get(name) for row in rows}) > 1
 
 
-def write_figure(kind: str, rows: list[dict[str, Any]], path: Path, force: bool = False) -> None:
-    """Draw the rows of `cats bench` or benchmarks/gpu.py into an .svg or .png file.
+def finding(bench: Bench) -> list[str]:
+    """The speed-up at the sparsity nearest to a half, one token at a time, on the fewest threads that were tried."""
+    sparse = [(k, row) for row in bench.rows if (k := sparsity(row))]
+    if not sparse:
+        return []
 
-    Args:
-        kind: "mlp" or "decode".
-        rows: as in the JSON file.
+    def order(item: tuple[float, dict[str, Any]]) -> tuple[int, int, float]:
+        threads, tokens, _ = facts(bench.kind, item[1])
+        return tokens, threads or 0, abs(item[0] - 0.5)
 
-    Raises:
-        CatsError: the file cannot be written, or has another ending.
-        MissingExtraError: matplotlib is not installed.
-    """
-    require_extra("a figure", ("matplotlib",))
-    if path.suffix not in (".svg", ".png"):
-        raise CatsError(f"{path} has an unknown ending; figures are written as .svg or .png.")
-    with write_file(path, force) as temporary:
-        latency(kind, rows).savefig(temporary, format=path.suffix[1:], dpi=150, bbox_inches="tight")
-
-
-def latency(kind: str, rows: list[dict[str, Any]], wide: bool = True) -> Figure:
-    """Time: one panel for each setting; bars are medians, whiskers quartiles. Microseconds if all are below 1 ms."""
-    return _bars(kind, rows, wide, throughput=False)
-
-
-def throughput(kind: str, rows: list[dict[str, Any]], wide: bool = True) -> Figure:
-    """Tokens a second, in the same panels."""
-    return _bars(kind, rows, wide, throughput=True)
-
-
-def _bars(kind: str, rows: list[dict[str, Any]], wide: bool, throughput: bool) -> Figure:
-    from matplotlib.lines import Line2D
-
-    from cats_llm.report import drawing
-
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(_title(kind, row, rows), []).append(row)
-    most = max(len(group) for group in groups.values())
-    unit, factor = ("tokens per second", 1.0) if throughput else time_unit(kind, rows)
-    bounded = False
-    with drawing.style():
-        columns = min((3 if len(groups) > 6 else 2) if wide else 1, len(groups))
-        figure, panels = drawing.panels(len(groups), columns, wide, 0.55 + 0.27 * most, sharex=False)
-        for axes, (title, group) in zip(panels, groups.items(), strict=True):
-            for place, row in enumerate(group):
-                value, low, high = (factor * v for v in _value(kind, row, throughput))
-                ours = sparsity(row) is not None
-                whiskers = [[max(0.0, value - low)], [max(0.0, high - value)]]
-                colour = _OURS if ours else _OTHERS
-                axes.barh(place, value, xerr=whiskers, color=colour, ecolor=drawing.INK, height=0.7)
-                end = max(value, high)
-                if ours and (gain := row.get("speedup_over_own_dense")) is not None:
-                    # what our k = 0 took, in the same rounds, changed by the saving
-                    change = row["byte_bound"] / gain["median"]
-                    bound = value * change if throughput else value / change
-                    axes.plot([bound, bound], [place - 0.4, place + 0.4], color=_BOUND, linewidth=2)
-                    bounded, end = True, max(end, bound)
-                axes.text(end, place, f"  {number(value, 3)}", va="center", fontsize=8.5)
-            axes.set_yticks(range(len(group)), [_name(row) for row in group])
-            # bars of one thickness, whatever number of contestants a panel has
-            axes.set_ylim(most - 0.5, -0.5)
-            axes.grid(visible=False, axis="y")
-            axes.margins(x=0.17 if columns < 3 else 0.22)
-            axes.set_title(title if wide and columns < 3 else _wrapped(title, 30))
-        figure.supxlabel(unit if throughput else f"{unit} a {'call' if kind == 'mlp' else 'step'}", fontsize=9)
-        if bounded:
-            allowed = "times the saving in bytes" if throughput else "divided by the saving in bytes"
-            handle = Line2D([], [], color=_BOUND, linewidth=2)
-            drawing.legend(figure, [handle], [f"our k = 0 {allowed}"])
-        return figure
-
-
-def _title(kind: str, row: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The setting of a row: what was timed where rows differ in it, then how."""
-    threads, tokens, _ = facts(kind, row)
-    parts = [str(row[name]) for name in ("shape", "dtype", "model") if name in row and several(name, rows)]
-    if threads is not None:
-        parts.append(f"{threads} thread{'s' * (threads > 1)}")
-    if "mode" in row:
-        parts.append(row["mode"])
-    parts.append(f"{tokens} token{'s' * (tokens > 1)} at a time")
-    if kind == "decode" and "tokens" in row and several("tokens", rows):
-        parts.append(f"{row['tokens']} long")
-    return ", ".join(parts)
-
-
-def _wrapped(title: str, width: int) -> str:
-    """A title in lines that break between its parts only."""
-    parts = [part.replace(" ", SPACE) for part in title.split(", ")]
-    return textwrap.fill(", ".join(parts), width, break_long_words=False, break_on_hyphens=False).replace(SPACE, " ")
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    """A contestant, without the way to decode that the panel's title says."""
-    mode = str(row.get("mode", "")).rpartition(", ")[2]
-    return str(row["contestant"]).removesuffix(f", {mode}")
-
-
-def _value(kind: str, row: Mapping[str, Any], throughput: bool) -> tuple[float, float, float]:
-    """Median, low and high of what is drawn."""
-    _, tokens, spread = facts(kind, row)
-    if not throughput:
-        return spread["median"], spread["low"], spread["high"]
-    # a quick step is a high rate
-    low, high = (1000 * tokens / spread[end] for end in ("high", "low"))
-    return row.get("tokens_per_second", 1000 * tokens / spread["median"]), low, high
+    k, row = min(sparse, key=order)
+    threads, tokens, milliseconds = facts(bench.kind, row)
+    ratios = [
+        f"{row[name]['median']:.2f} times as fast as {baseline}"
+        for name, baseline in (
+            ("speedup_over_torch", "PyTorch"),
+            ("speedup_over_stock", "stock transformers"),
+            ("speedup_over_own_dense", "our own kernels without sparsity"),
+        )
+        if row.get(name)
+    ]
+    step = "one token" if tokens == 1 else "one step"
+    model = ", ".join(filter(None, (bench.model, row.get("mode"))))
+    what = f"one MLP of {row.get('shape')}" if bench.kind == "mlp" else f"{step} ({model})"
+    what += f" with {tokens} tokens at a time" if tokens > 1 else ""
+    where = f"{counted(threads, 'thread')} of {bench.place}" if threads else bench.place
+    return [
+        f"At {target(k)} gate sparsity {what} takes {number(milliseconds['median'], 3)} ms on {where}"
+        + (f", {' and '.join(ratios)}" if ratios else "")
+        + f" (its bytes allow {row['byte_bound']:.2f} times)."
+    ]

@@ -2,153 +2,155 @@
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from cats_llm.number_format import known, number, percent, target
 from cats_llm.outputs import write_folder
-from cats_llm.report import tables, training
-from cats_llm.report.bench import Bench, facts, sparsity
-from cats_llm.report.collection import Collection, drawings
-from cats_llm.report.costs import findings
-from cats_llm.report.extra import require_extra
-from cats_llm.report.html import picture, render
-from cats_llm.report.wording import number, short_name, target
+from cats_llm.report import bench, bench_figures, tables, training
+from cats_llm.report.deltas import findings
+from cats_llm.report.inputs import SPARSITIES, ReportInputs
+from cats_llm.report.labels import clean, short_name
+from cats_llm.report.optional_dependency import require_extra
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cats_llm.report.page_figure import PageFigure
+    from cats_llm.report.results import EvalResult, EvalTask
 
-_CAUTION = (
-    "One kind of data says little about another: studies that build on CATS find that summaries and chat survive "
-    "sparsity and that mathematics breaks first."
-)
+# where a line must not break
+_UNIT = re.compile(r"(?<=\d) (?=%|×|points?\b)|(?<=×) (?=\d)")
 
 
-def render_page(collection: Collection) -> str:
+def render_page(inputs: ReportInputs) -> str:
     """The report as one HTML document: no scripts, no external resources, the same text for equal input.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
     require_extra()
-    return render(
-        "results.html",
-        title=title(collection),
-        findings=headline(collection),
-        tables=[tables.result_table(result) for result in collection.results],
-        benches=[tables.bench_table(bench) for bench in collection.benches],
-        training_columns=training.COLUMNS,
-        trainings=training.rows(collection.trainings),
-        pictures=[picture(d.name, d.title, d.captions, d.draw) for d in drawings(collection)],
-        commands=_commands(collection),
-        facts=_facts(collection),
-        change_of=tables.change_of,
-        probability=tables.probability,
-        caution=_CAUTION,
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from cats_llm.report.svg import inline_svg
+
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files(__package__).joinpath("templates", name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # whatever was escaped already is ours
+        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.filters.update(number=number, percent=percent)
+    pictures = [
+        {
+            "title": figure.title,
+            "captions": figure.captions,
+            "wide": Markup(inline_svg(figure.draw(wide=True), f"{figure.name}-wide", figure.title)),
+            "narrow": Markup(inline_svg(figure.draw(wide=False), f"{figure.name}-narrow", figure.title)),
+        }
+        for figure in page_figures(inputs)
+    ]
+    text_tables = {"Fine-tuning": [tables.training_table(inputs.trainings)] if inputs.trainings else []}
+    text_tables["Speed"] = [tables.bench_table(bench) for bench in inputs.benches]
+    return environment.get_template("page.html").render(
+        title=title(inputs),
+        findings=[_UNIT.sub("\N{NO-BREAK SPACE}", sentence) for sentence in headline(inputs)],
+        results=[tables.result_table(result) for result in inputs.results],
+        text_tables=text_tables,
+        pictures=pictures,
+        continuations=[(result.label, *_continuations(result)) for result in inputs.results if result.continuations],
+        commands=_commands(inputs),
+        facts=_facts(inputs),
+        known=known,
     )
 
 
-def write_figures(collection: Collection, folder: Path, force: bool = False) -> list[str]:
-    """Write each figure as .svg and .png into a new folder, and return the files' names.
+def page_figures(inputs: ReportInputs) -> list[PageFigure]:
+    """The figures for which there is data, in the order of the page."""
+    # here, since they need matplotlib
+    from cats_llm.report import quality_figures, threshold_figures
+
+    return [
+        *quality_figures.figures(inputs.results),
+        *training.figures(inputs.trainings),
+        *threshold_figures.figures(inputs.profiles, inputs.results),
+        *bench_figures.figures(inputs.benches),
+    ]
+
+
+def write_figures(inputs: ReportInputs, folder: Path, force: bool = False) -> None:
+    """Write each figure as .svg and .png into a new folder.
 
     Raises:
         CatsError: the folder exists and ``force`` is False, or it cannot be written.
         MissingExtraError: matplotlib is not installed.
     """
     require_extra()
-    from cats_llm.report.drawing import style
+    from cats_llm.report.style import style
 
-    names = []
-    with write_folder(folder, force) as temporary:
-        for drawing in drawings(collection):
-            for ending in ("svg", "png"):
-                names.append(f"{drawing.name}.{ending}")
-                metadata = {"Date": None} if ending == "svg" else None
-                with style():
-                    drawing.draw(wide=True).savefig(temporary / names[-1], dpi=150, metadata=metadata)
-    return names
+    with write_folder(folder, force) as temporary, style():
+        for figure in page_figures(inputs):
+            for ending, metadata in (("svg", {"Date": None}), ("png", None)):
+                path = temporary / f"{figure.name}.{ending}"
+                figure.draw(wide=True).savefig(path, dpi=150, metadata=metadata)
 
 
-def title(collection: Collection) -> str:
+def title(inputs: ReportInputs) -> str:
     """What the report is about."""
-    labels = [result.label for result in collection.results] or [profile.label for profile in collection.profiles]
-    labels = labels or [short_name(run.model) for run in collection.trainings]
-    named = list(dict.fromkeys(labels))
-    if not named:
+    labels = [result.label for result in inputs.results] or [profile.label for profile in inputs.profiles]
+    names = list(dict.fromkeys(labels or [short_name(run.model) for run in inputs.trainings]))
+    if not names:
         return "CATS: speed"
-    shown = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
-    return f"CATS on {shown}"
+    return f"CATS on {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def headline(collection: Collection) -> list[str]:
+def headline(inputs: ReportInputs) -> list[str]:
     """The main sentences: quality first, then speed; about thresholds only where there is nothing else."""
-    said = findings(collection.results)
-    said += [training.finding(collection.trainings)] if collection.trainings else []
-    said += [sentence for bench in collection.benches for sentence in _speed(bench)]
-    if not said:
-        said = [
-            f"The thresholds of {profile.label} for gate sparsities of "
-            f"{', '.join(target(k) for k, _ in profile.variants.values() if k is not None)}; what they cost is not in "
-            "these files (cats eval measures it)."
-            for profile in collection.profiles
-        ]
-    return said
-
-
-def _commands(collection: Collection) -> list[str]:
-    found = [command for result in collection.results for command in result.commands]
-    return list(dict.fromkeys([*found, *(run.command for run in collection.trainings if run.command)]))
-
-
-def _speed(bench: Bench) -> list[str]:
-    """The speed-up at the sparsity nearest to a half, one token at a time, on the fewest threads that were tried."""
-    found = []
-    for row in bench.rows:
-        threads, tokens, spread = facts(bench.kind, row)
-        k = sparsity(row)
-        if k:
-            found.append(((tokens, threads or 0, abs(k - 0.5)), k, row, spread))
-    if not found:
-        return []
-    (tokens, threads, _), k, row, spread = min(found, key=lambda item: item[0])
-    parts = []
-    for key, rival in (
-        ("speedup_over_torch", "PyTorch"),
-        ("speedup_over_stock", "stock transformers"),
-        ("speedup_over_own_dense", "our own kernels without sparsity"),
-    ):
-        if row.get(key):
-            parts.append(f"{row[key]['median']:.2f} times as fast as {rival}")
-    step = "one token" if tokens == 1 else "one step"
-    model = ", ".join(filter(None, (bench.model, row.get("mode"))))
-    what = f"one MLP of {row.get('shape')}" if bench.kind == "mlp" else f"{step} ({model})"
-    what += f" with {tokens} tokens at a time" if tokens > 1 else ""
-    where = f"{threads} thread{'s' * (threads > 1)} of {bench.place}" if threads else bench.place
-    return [
-        f"At {target(k)} gate sparsity {what} takes "
-        f"{number(spread['median'], 3)} ms on {where}"
-        + (f", {' and '.join(parts)}" if parts else "")
-        + f" (its bytes allow {row['byte_bound']:.2f} times)."
+    sentences = findings(inputs.results)
+    sentences += [training.finding(inputs.trainings)] if inputs.trainings else []
+    sentences += [sentence for table in inputs.benches for sentence in bench.finding(table)]
+    return sentences or [
+        f"The thresholds of {profile.label} for gate sparsities of {', '.join(map(target, SPARSITIES))}; what they "
+        "cost is not in these files (cats eval measures it)."
+        for profile in inputs.profiles
     ]
 
 
-def _facts(collection: Collection) -> list[tuple[str, dict[str, str]]]:
+def _continuations(result: EvalResult) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The variants that wrote some, and the prompts with what they wrote."""
+    wrote = {name for texts in result.continuations.values() for name in texts}
+    return [variant.name for variant in result.variants if variant.name in wrote], result.continuations
+
+
+def _commands(inputs: ReportInputs) -> list[str]:
+    commands = [command for result in inputs.results for command in result.commands]
+    return list(dict.fromkeys([*commands, *(run.command for run in inputs.trainings if run.command)]))
+
+
+def _facts(inputs: ReportInputs) -> list[tuple[str, dict[str, str]]]:
+    """Groups of facts: title, and label to value."""
     groups = []
-    for result in collection.results:
-        what = {"model": result.model, "dtype": result.dtype, "device": result.device, "made": result.created}
-        groups.append((f"Evaluation of {result.label}", {k: v for k, v in what.items() if v} | result.versions))
-        data = {task.name: _data(task.data, task.documents) for task in result.tasks}
-        groups.append((f"Data for {result.label}", data))
-    heldout = {f"{run.name}, {run.group}": run.heldout for run in collection.trainings}
-    groups += [("Held-out text of fine-tuning", heldout)] if heldout else []
-    groups += [(f"Calibration of {profile.label}", profile.facts) for profile in collection.profiles]
-    for bench in collection.benches:
-        machine = {k: str(v) for k, v in bench.machine.items() if isinstance(v, (str, int, float))}
-        if isinstance(gpus := bench.machine.get("gpus"), list) and gpus:
+    for result in inputs.results:
+        groups.append((f"Evaluation of {result.label}", result.facts | result.versions))
+        groups.append((f"Data for {result.label}", {task.name: _data(task) for task in result.tasks}))
+    groups += [(f"Calibration of {profile.label}", profile.facts) for profile in inputs.profiles]
+    groups.append(("Held-out text of fine-tuning", {f"{r.name}, {r.group}": r.heldout for r in inputs.trainings}))
+    for table in inputs.benches:
+        machine = {name: str(v) for name, v in table.machine.items() if isinstance(v, (str, int, float))}
+        if isinstance(gpus := table.machine.get("gpus"), list) and gpus:
             machine["gpus"] = ", ".join(map(str, gpus))
-        groups.append((f"Machine of {bench.name}", machine))
-    groups.append(("Files", dict.fromkeys(collection.files, "read")))
-    return groups
+        groups.append((f"Machine of {table.name}", machine))
+    groups.append(("Files", dict.fromkeys(inputs.files, "read")))
+    return [(name, facts) for name, facts in groups if facts]
 
 
-def _data(source: str, documents: int | None) -> str:
-    return f"{source}, {documents} documents" if documents else source
+def _data(task: EvalTask) -> str:
+    unit = "windows" if task.kind == "perplexity" else "documents"
+    documents = f"{task.documents} {unit}" if task.documents else ""
+    tokens = f"{task.tokens:,} tokens predicted" if task.tokens else ""
+    return ", ".join(filter(None, (task.data, documents, tokens)))

@@ -7,13 +7,7 @@ import re
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from cats_llm.report.drawing import style
-from cats_llm.report.extra import MissingExtraError
-
-try:
-    from matplotlib import rc_context
-except ImportError as error:
-    raise MissingExtraError from error
+from cats_llm.report.style import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,12 +23,12 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an <svg> element: text is text, in the font of the page; equal figures give equal markup.
 
     Args:
-        figure: from `cats_llm.report.figures`.
+        figure: drawn in `style`.
         name: begins every id, so that two figures of a page share none.
         description: what a screen reader says.
     """
     buffer = io.StringIO()
-    with style(), rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with style(**{"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     # a tree, since in the text of a legend nothing is an id
     root = ElementTree.fromstring(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""The tables of a report of result files, for the page and as Markdown to paste."""
+"""The tables of a report, for the page and as Markdown to paste."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from cats_llm.report import bench as benches
+from cats_llm.number_format import MISSING, number, percent
 from cats_llm.report import training
-from cats_llm.report.costs import DISTANCES, Cost, Measure, costs, main_measures, table_costs
-from cats_llm.report.results import DENSE, EvalResult, EvalRow
-from cats_llm.report.wording import MISSING, clean, number, percent, signed
+from cats_llm.report.bench import Bench, differ, facts, time_unit
+from cats_llm.report.deltas import Delta, Measure, deltas, main_measures, measures
+from cats_llm.report.labels import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from cats_llm.report.bench import Bench
-    from cats_llm.report.collection import Collection
+    from cats_llm.report.inputs import ReportInputs
+    from cats_llm.report.results import EvalResult, EvalRow
+    from cats_llm.report.training import TrainingRun
+
+_COLUMNS = ("measure", "model", "value", "change to dense", "95 % interval", "p", "gate", "FFN", "model sparsity")
 
 
 class Line(NamedTuple):
-    """A variant in the short table: what was skipped on the first measure's data, and a cost a measure."""
+    """A variant in the short table: what was skipped on the first measure's data, and a delta a measure."""
 
     name: str
     row: EvalRow
-    costs: list[Cost | None]
+    deltas: list[Delta | None]
 
 
 class ResultTable(NamedTuple):
@@ -33,125 +36,98 @@ class ResultTable(NamedTuple):
     label: str
     measures: list[Measure]
     lines: list[Line]
-    all: list[tuple[Measure, list[Cost]]]
+    all: list[tuple[Measure, list[Delta]]]
 
 
-class BenchTable(NamedTuple):
-    """A benchmark's table, as text."""
+class TextTable(NamedTuple):
+    """A table whose cells are text; the first column names the row."""
 
     title: str
-    columns: list[str]
+    columns: Sequence[str]
     rows: list[list[str]]
 
 
 def result_table(result: EvalResult) -> ResultTable:
     """The tables of a model."""
     main = main_measures(result)
-    found = [{cost.variant.name: cost for cost in costs(result, measure)} for measure in main]
+    by_variant = [{delta.variant.name: delta for delta in deltas(result, measure)} for measure in main]
     lines = []
     for variant in result.variants:
-        of = [by_name.get(variant.name) for by_name in found]
-        first = next((cost for cost in of if cost is not None), None)
+        row_deltas = [by_name.get(variant.name) for by_name in by_variant]
+        first = next((delta for delta in row_deltas if delta is not None), None)
         if first is not None:
-            lines.append(Line(variant.title, first.row, of))
-    return ResultTable(result.label, main, lines, list(table_costs(result)))
+            lines.append(Line(variant.title, first.row, row_deltas))
+    return ResultTable(result.label, main, lines, [(measure, deltas(result, measure)) for measure in measures(result)])
 
 
-def change_of(cost: Cost) -> str:
-    """The change to dense; for what is no share, in percent of the dense value too."""
-    value, base = cost.row.value, cost.dense.value if cost.dense is not None else None
-    if cost.variant.name == DENSE or cost.measure.metric in DISTANCES or value is None or base is None:
-        return MISSING
-    text = cost.measure.change(value - base)
-    return text if cost.measure.share or base <= 0 else f"{text} ({signed(100 * (value / base - 1), 1)} %)"
+def training_table(runs: Sequence[TrainingRun]) -> TextTable:
+    """One line a run of fine-tuning."""
+    return TextTable("Fine-tuning", training.COLUMNS, training.rows(runs))
 
 
-def probability(cost: Cost) -> str:
-    """The p of the paired test."""
-    p = cost.row.difference.p if cost.row.difference is not None else None
-    if p is None:
-        return MISSING
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def bench_table(bench: Bench) -> BenchTable:
+def bench_table(bench: Bench) -> TextTable:
     """One line a contestant and setting; without columns that say nothing."""
-    settings = [name for name in ("shape", "dtype", "model") if benches.several(name, bench.rows)] + ["mode"]
-    unit, factor = benches.time_unit(bench.kind, bench.rows)
-    columns = ["contestant", *settings, "threads", "tokens at a time", "tokens generated"]
-    columns += [f"{unit} (quartiles)", "tokens/s", "GB/s"]
-    columns += ["times its rival", "times our k = 0", "what the bytes allow"]
-    rows = []
+    settings = [name for name in ("shape", "dtype", "model") if differ(name, bench.rows)] + ["mode"]
+    unit, factor = time_unit(bench.kind, bench.rows)
+    baseline, ratio = (
+        ("PyTorch", "speedup_over_torch") if bench.kind == "mlp" else ("stock transformers", "speedup_over_stock")
+    )
+    lines = []
     for row in bench.rows:
-        threads, tokens, spread = benches.facts(bench.kind, row)
-        rival = row.get("speedup_over_torch") or row.get("speedup_over_stock")
-        rows.append(
-            [
-                row["contestant"],
-                *(str(row.get(name, MISSING)) for name in settings),
-                MISSING if threads is None else str(threads),
-                str(tokens),
-                str(row.get("tokens", MISSING)) if bench.kind == "decode" else MISSING,
-                _quartiles(spread, factor),
-                number(row.get("tokens_per_second"), 3),
-                number(row.get("gb_per_s"), 3),
-                _median(rival),
-                _median(row.get("speedup_over_own_dense")),
-                f"{row['byte_bound']:.2f}",
-            ]
+        threads, tokens, milliseconds = facts(bench.kind, row)
+        low, median, high = (_time(factor * milliseconds[part]) for part in ("low", "median", "high"))
+        lines.append(
+            {
+                "contestant": row["contestant"],
+                **{name: str(row.get(name, MISSING)) for name in settings},
+                "threads": MISSING if threads is None else str(threads),
+                "tokens at a time": str(tokens),
+                "tokens generated": str(row.get("tokens", MISSING)) if bench.kind == "decode" else MISSING,
+                f"{unit} (quartiles)": f"{median} ({low} to {high})",
+                "tokens/s": number(row.get("tokens_per_second"), 3),
+                "GB/s": number(row.get("gb_per_s"), 3),
+                f"times {baseline}": _median(row.get(ratio)),
+                "times our k = 0": _median(row.get("speedup_over_own_dense")),
+                "what the bytes allow": f"{row['byte_bound']:.2f}",
+            }
         )
-    kept = [i for i in range(len(columns)) if any(row[i] != MISSING for row in rows)]
-    rival_name = "PyTorch" if bench.kind == "mlp" else "stock transformers"
-    named = [column.replace("its rival", rival_name) for column in columns]
-    return BenchTable(
-        f"{bench.subject}, on {bench.place}", [named[i] for i in kept], [[row[i] for i in kept] for row in rows]
-    )
+    columns = [column for column in lines[0] if any(line[column] != MISSING for line in lines)]
+    rows = [[line[column] for column in columns] for line in lines]
+    return TextTable(f"{bench.subject}, on {bench.place}", columns, rows)
 
 
-def _quartiles(spread: Mapping[str, float], factor: float) -> str:
-    low, median, high = (
-        f"{value:.2f}" if value >= 1 else number(value, 3)
-        for value in (factor * spread[part] for part in ("low", "median", "high"))
-    )
-    return f"{median} ({low} to {high})"
+def _time(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else number(value, 3)
 
 
-def _median(spread: object) -> str:
-    value = spread.get("median") if isinstance(spread, dict) else None
+def _median(ratio: object) -> str:
+    value = ratio.get("median") if isinstance(ratio, dict) else None
     return f"{value:.2f}" if isinstance(value, (int, float)) and math.isfinite(value) else MISSING
 
 
-def markdown(collection: Collection) -> str:
+def markdown(inputs: ReportInputs) -> str:
     """All tables, to paste into a README, an issue or a paper's draft."""
     parts = []
-    for result in collection.results:
-        parts.append(f"**{_cell(result.label)}** ({_cell(', '.join(filter(None, (result.dtype, result.device))))})\n")
-        parts.append(
-            _table(
-                ["measure", "model", "value", "change to dense", "95 % interval", "p", "gate", "FFN", "model sparsity"],
-                (
-                    [
-                        cost.measure.label,
-                        cost.variant.title,
-                        cost.measure.value(cost.row.value),
-                        change_of(cost),
-                        cost.interval(),
-                        probability(cost),
-                        *(percent(share) for share in (cost.row.gate, cost.row.ffn, cost.row.model)),
-                    ]
-                    for _, found in table_costs(result)
-                    for cost in found
-                ),
-                numbers_from=2,
-            )
-        )
-    if collection.trainings:
-        parts.append("**Fine-tuning**\n")
-        parts.append(_table(training.COLUMNS, training.rows(collection.trainings), numbers_from=1))
-    for bench in collection.benches:
-        table = bench_table(bench)
-        parts.append(f"**{_cell(table.title)}**\n")
-        parts.append(_table(table.columns, table.rows, numbers_from=1))
+    for result in inputs.results:
+        setting = ", ".join(result.facts[name] for name in ("dtype", "device") if name in result.facts)
+        parts.append(f"**{_cell(result.label)}** ({_cell(setting)})\n")
+        rows = [
+            [
+                measure.label,
+                delta.variant.title,
+                measure.value(delta.row.value),
+                delta.change(),
+                delta.interval(),
+                delta.probability(),
+                *(percent(share) for share in vars(delta.row.sparsity).values()),
+            ]
+            for measure in measures(result)
+            for delta in deltas(result, measure)
+        ]
+        parts.append(_table(_COLUMNS, rows, numbers_from=2))
+    tables = [training_table(inputs.trainings)] if inputs.trainings else []
+    for table in [*tables, *map(bench_table, inputs.benches)]:
+        parts += [f"**{_cell(table.title)}**\n", _table(table.columns, table.rows, numbers_from=1)]
     return "\n".join(parts)
 
 
@@ -163,6 +139,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: 
 
 def _cell(text: str) -> str:
     """Text that stays in its cell and is not taken for markup."""
-    text = " ".join(clean(text).replace("\N{NO-BREAK SPACE}", " ").split())
+    text = " ".join(clean(text).split())
     # a _ within a word and a < before a number are themselves
     return re.sub(r"([|\\`*\[]|<(?=[a-zA-Z/!?])|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))", r"\\\1", text) or MISSING

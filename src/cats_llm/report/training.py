@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cats_llm.errors import CatsError
-from cats_llm.report.wording import MISSING, change, known, label, number, percent, short_name
+from cats_llm.number_format import MISSING, change, known, number, percent
+from cats_llm.report.labels import label, short_name
+from cats_llm.report.page_figure import PageFigure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,34 +95,42 @@ def _run(log: dict[str, Any], file: dict[str, Any]) -> TrainingRun:
     )
 
 
+def figures(runs: Sequence[TrainingRun]) -> list[PageFigure]:
+    """One of all runs, if there are any."""
+    caption = (
+        "Each line is one model while adapters are trained on it; step 0 is the model before. Perplexity is better "
+        "when lower. Sparsity drifts where its line is not level."
+    )
+    return [PageFigure("training", "Fine-tuning", [caption], partial(curves, runs))] if runs else []
+
+
 def curves(runs: Sequence[TrainingRun], wide: bool = True) -> Figure:
     """Held-out perplexity, and below it gate sparsity, against optimizer steps: a column a group, a line a run."""
     # here, so that logs can be read without matplotlib
-    from cats_llm.report import drawing
+    from cats_llm.report import style
 
     groups = list(dict.fromkeys(run.group for run in runs))
     names = list(dict.fromkeys(run.name for run in runs))
-    sparse = [name for name in names if name != "dense"]
-    look = {"dense": drawing.DENSE} | drawing.looks(sparse)
-    shares = any(point.gate is not None for run in runs for point in run.points)
-    measures = [("held-out perplexity", 1)] + [("gate sparsity on it, %", 2)] * shares
-    with drawing.style():
+    looks = {"dense": style.DENSE} | style.looks([name for name in names if name != "dense"])
+    measures = [("held-out perplexity", "perplexity", 1)]
+    if any(point.gate is not None for run in runs for point in run.points):
+        measures.append(("gate sparsity on it, %", "gate", 100))
+    with style.style():
         columns = len(groups) if wide else 1
-        figure, panels = drawing.panels(len(measures) * len(groups), columns, wide, height=2.6 if wide else 2.2)
+        figure, panels = style.panels(len(measures) * len(groups), columns, wide, height=2.6 if wide else 2.2)
         # in rows when there is room, else all of a group together
         order = [(m, g) for m in measures for g in groups] if wide else [(m, g) for g in groups for m in measures]
-        for axes, ((title, index), group) in zip(panels, order, strict=True):
+        for axes, ((title, member, scale), group) in zip(panels, order, strict=True):
             heights = []
             for run in (run for run in runs if run.group == group):
-                points = [(p.step, v) for p in run.points if (v := p[index]) is not None and known(v)]
-                shown = [min(v * (100 if index == 2 else 1), drawing.HIGHEST) for _, v in points]
-                drawn = look[run.name]
-                axes.plot([step for step, _ in points], shown, color=drawn.colour, marker=drawn.marker, markersize=3.5)
-                heights += shown
-            drawing.value_axis(axes, heights, from_zero=False)
+                points = [(p.step, v) for p in run.points if (v := getattr(p, member)) is not None and known(v)]
+                values = [min(scale * value, style.HIGHEST) for _, value in points]
+                axes.plot([step for step, _ in points], values, **looks[run.name].marked, markersize=3.5)
+                heights += values
+            style.value_axis(axes, heights, from_zero=False)
             axes.set_title(title + (f": {label(group)}" if len(groups) > 1 else ""))
         figure.supxlabel("optimizer steps", fontsize=9)
-        drawing.legend(figure, [drawing.line(look[name]) for name in names], [label(name) for name in names])
+        style.legend(figure, {name: looks[name].marked for name in names})
         return figure
 
 
@@ -129,22 +140,19 @@ COLUMNS = ("setting", "learning rate", "steps", "perplexity before", "after", "c
 def rows(runs: Sequence[TrainingRun]) -> list[list[str]]:
     """A row a run, as `COLUMNS` name it."""
     several = len({run.group for run in runs}) > 1
-    made = []
-    for run in runs:
-        first, last = run.points[0], run.points[-1]
-        made.append(
-            [
-                run.name + (f", {run.group}" if several else ""),
-                MISSING if run.learning_rate is None else f"{run.learning_rate:g}",
-                str(last.step),
-                number(first.perplexity, 5),
-                number(last.perplexity, 5),
-                change(last.perplexity, first.perplexity),
-                percent(first.gate),
-                percent(last.gate),
-            ]
-        )
-    return made
+    return [
+        [
+            run.name + (f", {run.group}" if several else ""),
+            MISSING if run.learning_rate is None else f"{run.learning_rate:g}",
+            str(run.points[-1].step),
+            number(run.points[0].perplexity, 5),
+            number(run.points[-1].perplexity, 5),
+            change(run.points[-1].perplexity, run.points[0].perplexity),
+            percent(run.points[0].gate),
+            percent(run.points[-1].gate),
+        ]
+        for run in runs
+    ]
 
 
 def finding(runs: Sequence[TrainingRun]) -> str:

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from importlib import import_module
 
+from cats_llm.errors import CatsError
+
 _MODULES = ("matplotlib", "jinja2")
 
 
-class MissingExtraError(ImportError):
+class MissingExtraError(CatsError, ImportError):
     """The `report` extra is not installed."""
 
     def __init__(self, what: str = "the report", modules: Sequence[str] = _MODULES) -> None:

@@ -1,4 +1,8 @@
-"""What all figures share: style, looks, panels, axes and legends."""
+"""What all figures share: fonts and colours, panels, axes and legends. Only this module imports matplotlib.
+
+Figures exist in two layouts, wide for a desk and narrow for a phone, with text of the same size. pyplot's global state
+is not touched.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cats_llm.report.extra import MissingExtraError
-from cats_llm.report.wording import known, number
+from cats_llm.number_format import known, number
+from cats_llm.report.labels import label
+from cats_llm.report.optional_dependency import MissingExtraError
 
 try:
-    from matplotlib import colormaps, rc_context
+    from matplotlib import colormaps, rc_context, rcParamsDefault
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 except ImportError as error:
     raise MissingExtraError from error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from matplotlib.axes import Axes
@@ -28,8 +33,15 @@ if TYPE_CHECKING:
 
 INK = "#1f2937"
 MUTED = "#6b7280"
-GRID = "#e5e7eb"
 OUTLINE = "#94a3b8"
+TARGET: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 2)), "linewidth": 1}
+"""Of the line that says what was asked for."""
+CALIBRATION: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "marker": "o", "markerfacecolor": "white"}
+"""Of the line that shows calibration tokens beside others."""
+HIGHEST = 1e30
+"""Where values are cut: a broken model's perplexity may be anything up to the end of float64, where axes overflow."""
+MAX_PANELS = 12
+_GRID = "#e5e7eb"
 # told apart by people with any colour vision, and by their shapes in print
 _COLOURS = ("#0063a6", "#d97706", "#0f8a5f", "#b5179e", "#5b4bc4", "#8a5a2b")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -37,8 +49,8 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.
 # inches
 _WIDE = 9.6
 _NARROW = 4.2
-# a broken model's perplexity may be anything up to the end of float64, where axes overflow
-HIGHEST = 1e30
+# names of models are long, and differ at the end
+_LEGEND = 48
 _STYLE = {
     "axes.edgecolor": MUTED,
     "axes.grid": True,
@@ -56,7 +68,7 @@ _STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same layout on every machine
     "font.size": 9,
-    "grid.color": GRID,
+    "grid.color": _GRID,
     "grid.linewidth": 0.7,
     "legend.fontsize": 9,
     "legend.frameon": False,
@@ -74,32 +86,39 @@ _STYLE = {
 
 
 class Look(NamedTuple):
-    """How something is drawn."""
+    """How a model or method is drawn."""
 
     colour: str
-    marker: str
-    dash: Any
+    marker: str = "o"
+    dash: Any = "-"
+
+    @property
+    def marked(self) -> dict[str, Any]:
+        """A line with markers."""
+        return {"color": self.colour, "marker": self.marker}
+
+    @property
+    def dashed(self) -> dict[str, Any]:
+        """A line without markers, told apart by its dash."""
+        return {"color": self.colour, "linestyle": self.dash}
 
 
-DENSE = Look(INK, "o", "-")
+DENSE = Look(INK)
 
 
-def style() -> AbstractContextManager[None]:
+def style(**settings: Any) -> AbstractContextManager[None]:
     """The settings that figures are made and saved with, whatever the user's matplotlibrc says."""
-    from matplotlib import rcParamsDefault
-
     # the backend is not a matter of style, and naming it would load one
-    settings = {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}
-    context: AbstractContextManager[None] = rc_context({**settings, **_STYLE})
+    defaults = {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}
+    context: AbstractContextManager[None] = rc_context({**defaults, **_STYLE, **settings})
     return context
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """A colour, marker and dash for each name."""
-    count = len(names)
     colours: Sequence[str] = _COLOURS
-    if count > len(_COLOURS):
-        colours = [to_hex(colormaps["viridis"](x)) for x in np.linspace(0, 0.85, count)]
+    if len(names) > len(_COLOURS):
+        colours = [to_hex(colormaps["viridis"](x)) for x in np.linspace(0, 0.85, len(names))]
     return {
         name: Look(colours[i], _MARKERS[i % len(_MARKERS)], _DASHES[i % len(_DASHES)]) for i, name in enumerate(names)
     }
@@ -108,8 +127,8 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 def panels(
     count: int, columns: int, wide: bool, height: float, sharey: bool = False, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels in reading order, all of one size."""
-    columns = max(columns, 1)
+    """A figure with so many panels in reading order, all of one size; ``height`` is a panel's, in inches."""
+    columns = max(min(columns, count), 1)
     rows = max(math.ceil(count / columns), 1)
     figure = Figure(figsize=(_WIDE if wide else _NARROW, rows * height + 0.75), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flatten().tolist()
@@ -121,37 +140,25 @@ def panels(
     return figure, grid[:count]
 
 
-def legend(figure: Figure, handles: list[Line2D], labels: list[str]) -> None:
-    """A legend above the panels, in as many columns as fit."""
-    if handles:
-        widths = [0.51 + 0.075 * len(text) for text in labels]
+def legend(figure: Figure, lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """A legend above the panels, in as many columns as fit: by name, the settings of a line."""
+    if lines:
+        names = [label(name, _LEGEND) for name in lines]
+        widths = [0.51 + 0.075 * len(name) for name in names]
         room = figure.get_figwidth()
-        columns = len(labels) if sum(widths) <= room else max(1, int(room / max(widths)))
+        columns = len(names) if sum(widths) <= room else max(1, int(room / max(widths)))
         # what a long legend needs is not taken from the panels
-        figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(labels) / columns) - 1))
-        figure.legend(
-            handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.3, handlelength=2, borderpad=0.3
-        )
+        figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(names) / columns) - 1))
+        entries = [Line2D([], [], **line) for line in lines.values()]
+        layout = {"loc": "outside upper left", "ncols": columns}
+        figure.legend(entries, names, columnspacing=1.3, handlelength=2, borderpad=0.3, **layout)
 
 
-def line(look: Look, marker: bool = True, line: bool = True) -> Line2D:
-    """An entry of a legend."""
-    return Line2D(
-        [],
-        [],
-        color=look.colour,
-        linestyle=("-" if marker else look.dash) if line else "none",
-        marker=look.marker if marker else "none",
-        markersize=5 if line else 7,
-    )
-
-
-def by_layer(values: dict[int, float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def by_layer(values: Mapping[int, float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Layers and their values, both (n,), without what is not known."""
-    found = sorted((layer, value) for layer, value in values.items() if known(value))
-    return np.array([layer for layer, _ in found], dtype=np.float64), np.array(
-        [value for _, value in found], dtype=np.float64
-    )
+    points = sorted((layer, value) for layer, value in values.items() if known(value))
+    layers, shown = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return layers, shown
 
 
 def dot(marker: str, layers: NDArray[np.float64]) -> str:
@@ -163,6 +170,26 @@ def layers_axis(axes: Axes) -> None:
     """A horizontal axis of whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     axes.margins(x=0.04)
+
+
+def percent_axis(axes: Axes) -> None:
+    """A vertical axis of shares in percent."""
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %" if 0 <= y <= 100 else ""))
+
+
+def magnitude_axis(axes: Axes, low: float, high: float, ticks: int) -> None:
+    """A logarithmic horizontal axis."""
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(LogLocator(numticks=ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(_magnitude))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def few_ticks(axes: Axes) -> None:
+    """Four at most on the vertical axis, for small panels."""
+    axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 def value_axis(axes: Axes, values: Sequence[float], from_zero: bool) -> None:
@@ -177,7 +204,7 @@ def value_axis(axes: Axes, values: Sequence[float], from_zero: bool) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(magnitude))
+        axes.yaxis.set_major_formatter(FuncFormatter(_magnitude))
         return
     if from_zero:
         low = min(low, 0.0)
@@ -185,11 +212,11 @@ def value_axis(axes: Axes, values: Sequence[float], from_zero: bool) -> None:
     axes.set_ylim(low - 0.06 * spread * (low != 0), high + 0.16 * spread)
 
 
-def magnitude(value: float, _position: int) -> str:
-    """A tick of a logarithmic axis."""
-    return f"{value:g}" if 1e-3 <= abs(value) < 1e4 else number(value, 1)
-
-
 def say(axes: Axes, text: str) -> None:
     """Text in place of a plot."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+
+
+def _magnitude(value: float, _position: int) -> str:
+    """A tick of a logarithmic axis."""
+    return f"{value:g}" if 1e-3 <= abs(value) < 1e4 else number(value, 1)
