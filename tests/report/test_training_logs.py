@@ -9,6 +9,7 @@ from bs4 import BeautifulSoup
 from cats_llm import CatsError
 from cats_llm.cli.main import main
 from cats_llm.report import style, training
+from cats_llm.report.tables import training_table
 
 
 def log(name="cats k=0.7", start=20.0, end=18.0, gate=0.7, **changes):
@@ -81,7 +82,7 @@ def test_a_diverged_run_is_drawn_as_far_as_it_goes(tmp_path):
     with style.style():
         (axes, _) = training.curves([run]).axes
     assert axes.get_lines()[0].get_xdata().tolist() == [0, 50]
-    assert training.rows([run])[0][4] == "–"
+    assert training_table([run]).rows[0][4] == "–"
     assert "None of the fine-tuned models" in training.finding([run])
 
 

@@ -14,7 +14,7 @@ from cats_llm.report.page_figure import PageFigure
 from cats_llm.report.results import DENSE, EvalResult, EvalVariant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from matplotlib.figure import Figure
 
@@ -84,39 +84,31 @@ class Panel(NamedTuple):
 
 def accuracy_panels(results: Sequence[EvalResult]) -> list[Panel]:
     """Of each task that is answered right or wrong, or scored, the metric that comes first; means before tasks."""
-    return _panels(results, lambda measure: not _of_text(measure), first_only=True)
+    panels = [panel for panel in _panels(results) if not _is_of_text(panel.measure)]
+    first = {panel.measure.task.name: panel for panel in reversed(panels)}
+    return [panel for panel in panels if panel is first[panel.measure.task.name]]
 
 
 def text_panels(results: Sequence[EvalResult]) -> list[Panel]:
     """Perplexity of each text, KL divergence, top-1 agreement."""
-    panels = _panels(results, _of_text)
+    panels = [panel for panel in _panels(results) if _is_of_text(panel.measure)]
     # a word's and a byte's perplexity have the shape of a token's
     by_token = {panel.measure.task.name for panel in panels if panel.measure.metric == "perplexity"}
-    return [
-        panel
-        for panel in panels
-        if panel.measure.metric not in ("word_perplexity", "byte_perplexity") or panel.measure.task.name not in by_token
-    ]
+    doubled = ("word_perplexity", "byte_perplexity")
+    return [p for p in panels if p.measure.metric not in doubled or p.measure.task.name not in by_token]
 
 
-def _of_text(measure: Measure) -> bool:
+def _is_of_text(measure: Measure) -> bool:
     return measure.task.kind == "perplexity" or "perplexity" in measure.metric
 
 
-def _panels(results: Sequence[EvalResult], wanted: Callable[[Measure], bool], first_only: bool = False) -> list[Panel]:
+def _panels(results: Sequence[EvalResult]) -> list[Panel]:
     panels: dict[tuple[str, str], Panel] = {}
-    first_metric: dict[str, str] = {}
     of_weights = any(row.skips_inputs for result in results for row in result.rows)
-    for result in results:
-        for measure in filter(wanted, measures(result)):
-            task, metric = key = (measure.task.name, measure.metric)
-            if first_only and first_metric.setdefault(task, metric) != metric:
-                continue
-            series = _series(result, measure, of_weights, alone=len(results) == 1)
-            if key in panels:
-                panels[key].series.update(series)
-            elif series:
-                panels[key] = Panel(measure, series, of_weights)
+    for result, measure in ((r, m) for r in results for m in measures(r)):
+        if series := _series(result, measure, of_weights, alone=len(results) == 1):
+            panel = panels.setdefault((measure.task.name, measure.metric), Panel(measure, {}, of_weights))
+            panel.series.update(series)
     return sorted(panels.values(), key=lambda panel: panel.measure.task.kind != "mean")
 
 

@@ -6,8 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from cats_llm.number_format import MISSING, number, percent
-from cats_llm.report import training
+from cats_llm.number_format import MISSING, change, number, percent
 from cats_llm.report.bench import Bench, differ, facts, time_unit
 from cats_llm.report.deltas import Delta, Measure, deltas, main_measures, measures
 from cats_llm.report.labels import clean
@@ -16,26 +15,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from cats_llm.report.inputs import ReportInputs
-    from cats_llm.report.results import EvalResult, EvalRow
+    from cats_llm.report.results import EvalResult
     from cats_llm.report.training import TrainingRun
 
 _COLUMNS = ("measure", "model", "value", "change to dense", "95 % interval", "p", "gate", "FFN", "model sparsity")
 
 
-class Line(NamedTuple):
-    """A variant in the short table: what was skipped on the first measure's data, and a delta a measure."""
-
-    name: str
-    row: EvalRow
-    deltas: list[Delta | None]
-
-
 class ResultTable(NamedTuple):
-    """A model's tables: the short one with the main measures, and all measures with all variants."""
+    """A model's tables.
+
+    Attributes:
+        main: what the short table has.
+        lines: of the short table: a variant's deltas, None where a measure is missing; one at least is there.
+        all: all measures with all variants.
+    """
 
     label: str
-    measures: list[Measure]
-    lines: list[Line]
+    main: list[Measure]
+    lines: list[list[Delta | None]]
     all: list[tuple[Measure, list[Delta]]]
 
 
@@ -51,18 +48,38 @@ def result_table(result: EvalResult) -> ResultTable:
     """The tables of a model."""
     main = main_measures(result)
     by_variant = [{delta.variant.name: delta for delta in deltas(result, measure)} for measure in main]
-    lines = []
-    for variant in result.variants:
-        row_deltas = [by_name.get(variant.name) for by_name in by_variant]
-        first = next((delta for delta in row_deltas if delta is not None), None)
-        if first is not None:
-            lines.append(Line(variant.title, first.row, row_deltas))
-    return ResultTable(result.label, main, lines, [(measure, deltas(result, measure)) for measure in measures(result)])
+    lines = [[by_name.get(variant.name) for by_name in by_variant] for variant in result.variants]
+    every = [(measure, deltas(result, measure)) for measure in measures(result)]
+    return ResultTable(result.label, main, [line for line in lines if any(line)], every)
 
 
 def training_table(runs: Sequence[TrainingRun]) -> TextTable:
     """One line a run of fine-tuning."""
-    return TextTable("Fine-tuning", training.COLUMNS, training.rows(runs))
+    columns = (
+        "setting",
+        "learning rate",
+        "steps",
+        "perplexity before",
+        "after",
+        "change",
+        "gate sparsity before",
+        "after",
+    )
+    several = len({run.group for run in runs}) > 1
+    rows = [
+        [
+            run.name + (f", {run.group}" if several else ""),
+            f"{run.learning_rate:g}",
+            str(run.points[-1].step),
+            number(run.points[0].perplexity, 5),
+            number(run.points[-1].perplexity, 5),
+            change(run.points[-1].perplexity, run.points[0].perplexity),
+            percent(run.points[0].gate),
+            percent(run.points[-1].gate),
+        ]
+        for run in runs
+    ]
+    return TextTable("Fine-tuning", columns, rows)
 
 
 def bench_table(bench: Bench) -> TextTable:

@@ -1,4 +1,4 @@
-"""Fine-tuning logs: reading them, quality and sparsity against steps, and a table of the ends."""
+"""Fine-tuning logs: reading them, quality and sparsity against steps, and what they say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cats_llm.errors import CatsError
-from cats_llm.number_format import MISSING, change, known, number, percent
+from cats_llm.number_format import known, number, percent
 from cats_llm.report.labels import label, short_name
 from cats_llm.report.page_figure import PageFigure
 
@@ -43,7 +43,7 @@ class TrainingRun:
     group: str
     model: str
     heldout: str
-    learning_rate: float | None
+    learning_rate: float
     points: list[Point]
     command: str
 
@@ -132,27 +132,6 @@ def curves(runs: Sequence[TrainingRun], wide: bool = True) -> Figure:
         figure.supxlabel("optimizer steps", fontsize=9)
         style.legend(figure, {name: looks[name].marked for name in names})
         return figure
-
-
-COLUMNS = ("setting", "learning rate", "steps", "perplexity before", "after", "change", "gate sparsity before", "after")
-
-
-def rows(runs: Sequence[TrainingRun]) -> list[list[str]]:
-    """A row a run, as `COLUMNS` name it."""
-    several = len({run.group for run in runs}) > 1
-    return [
-        [
-            run.name + (f", {run.group}" if several else ""),
-            MISSING if run.learning_rate is None else f"{run.learning_rate:g}",
-            str(run.points[-1].step),
-            number(run.points[0].perplexity, 5),
-            number(run.points[-1].perplexity, 5),
-            change(run.points[-1].perplexity, run.points[0].perplexity),
-            percent(run.points[0].gate),
-            percent(run.points[-1].gate),
-        ]
-        for run in runs
-    ]
 
 
 def finding(runs: Sequence[TrainingRun]) -> str:
