@@ -46,7 +46,6 @@ def run_demo(
     command: str = "",
     track: Callable[..., Iterable[Any]] = lambda items, *_: items,
     progress: Callable[[Progress], None] | None = None,
-    notify: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Calibrate, evaluate, save, reload and generate with the bundled model at several sparsities, and write a report.
 
@@ -60,7 +59,6 @@ def run_demo(
         command: what made the result, for the record.
         track: called with the batches of calibration, what they are and how many; gives them back, as a bar does.
         progress: called after each measurement of `run_evaluation`.
-        notify: called with what is done after it.
 
     Returns:
         The content of results.json: that of `run_evaluation`, with the model's ``architecture`` in words and
@@ -104,7 +102,6 @@ def run_demo(
                 write_checkpoint(source, checkpoint, variant.config)
                 model = load_model(str(checkpoint), dtype, device)
                 _check_reloaded(model, dense, variant.config, task.windows[:1])
-            notify(f"{variant.name} continues {len(PROMPTS)} prompts")
             for prompt, texts in continuations.items():
                 texts[variant.name] = str(continue_prompt(model, tokenizer, prompt, decoding)["text"])
         result |= {"architecture": _architecture(dense, list(profile.layers)), "continuations": continuations}
@@ -131,7 +128,5 @@ def _architecture(model: Any, layers: list[int]) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     # of an MLP without any neuron two thirds are skipped
     in_mlps = sparsity_of(model, dict.fromkeys(layers, 1.0)).model * 1.5
-    return (
-        f"{type(model).__name__}, {parameters / 1e6:.2f} million parameters, {percent(in_mlps)} of the linear weights "
-        "in MLPs"
-    )
+    size = f"{parameters / 1e6:.2f} million parameters"
+    return f"{type(model).__name__}, {size}, {percent(in_mlps, 1)} of the linear weights in MLPs"

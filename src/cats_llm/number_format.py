@@ -31,7 +31,7 @@ def fixed(value: float | None, decimals: int = 4) -> str:
     return MISSING if value is None or not math.isfinite(value) else _minus(f"{value:.{decimals}f}")
 
 
-def percent(value: float | None, decimals: int = 1) -> str:
+def percent(value: float | None, decimals: int = 2) -> str:
     """A measured share: so many decimals, and more only where they would read as none or as all."""
     if value is None or not math.isfinite(value):
         return MISSING

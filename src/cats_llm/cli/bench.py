@@ -15,11 +15,12 @@ from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.shapes import SHAPES, parse_shape
 from cats_llm.calibration.profile import Profile
 from cats_llm.cli import bench_cuda, options
-from cats_llm.cli.output import percent, quiet_libraries, show, table, track
+from cats_llm.cli.output import quiet_libraries, show, table, track
 from cats_llm.errors import CatsError
 from cats_llm.kernels import cpu
 from cats_llm.loading import load_model
 from cats_llm.model.sparsify import densify
+from cats_llm.number_format import percent
 from cats_llm.outputs import check_output, write_json
 
 ShapeOption = Annotated[

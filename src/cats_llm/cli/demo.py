@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from cats_llm.cli import options
-from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
+from cats_llm.cli.output import quiet_libraries, show, show_progress, table, track
 from cats_llm.cli.signature import with_options
 from cats_llm.demo import run_demo
 from cats_llm.number_format import MISSING, change, fixed, percent, target
@@ -48,7 +48,6 @@ def command(
         command=command_line(),
         track=track,
         progress=show_progress,
-        notify=notify,
     )
     results.write(result)
     _show(result)
@@ -70,11 +69,11 @@ def _show(result: dict[str, Any]) -> None:
             f"CATS {target(k)}",
             _with_worst_layer(sum(calibration.values()) / len(calibration), calibration, k),
             _with_worst_layer(row["sparsity"]["gate"], row["layer_sparsity"], k),
-            percent(row["sparsity"]["model"]),
+            percent(row["sparsity"]["model"], 1),
             fixed(row["value"], 3),
             change(row["value"], dense),
             fixed(rows[name, "kl"]["value"]),
-            percent(rows[name, "top1_agreement"]["value"]),
+            percent(rows[name, "top1_agreement"]["value"], 1),
         )
     show(shown)
     show("± is the worst layer's distance, in points, from the sparsity asked for. Speed says nothing here, for")
@@ -86,4 +85,4 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _with_worst_layer(mean: float, layer_sparsity: dict[str, float], k: float) -> str:
-    return f"{percent(mean, 2)} ± {100 * max(abs(share - k) for share in layer_sparsity.values()):.2f}"
+    return f"{percent(mean)} ± {100 * max(abs(share - k) for share in layer_sparsity.values()):.2f}"

@@ -6,10 +6,11 @@ import typer
 
 from cats_llm import distributed
 from cats_llm.cli.options import Results
-from cats_llm.cli.output import notify, percent, quiet_libraries, show, show_progress, table, track
+from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
 from cats_llm.cli.signature import with_options
 from cats_llm.evaluation.config import EvaluationConfig
 from cats_llm.evaluation.evaluate_model import evaluate_model
+from cats_llm.number_format import MISSING, fixed, percent
 from cats_llm.outputs import command_line
 
 
@@ -33,10 +34,6 @@ def command(config: EvaluationConfig, results: Results) -> None:
     if distributed.rank() == 0:
         results.write(result)
         _show(result)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -65,13 +62,13 @@ def _show(result: dict[str, Any]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     difference = row["difference"]
     if difference is None:
-        compared = ["-"] * 3
+        compared = [MISSING] * 3
     else:
         p = f"{difference['p']:.4f}" if difference["p"] >= 1e-4 else "< 0.0001"
         compared = [f"{difference['value']:+.4f}", f"{difference['low']:+.4f} to {difference['high']:+.4f}", p]
     shares = row["sparsity"]
-    sparse = ["-"] * 3 if row["variant"] == "dense" else [percent(shares[k]) for k in ("gate", "ffn", "model")]
-    return [row["variant"], _number(row["value"]), _number(row["stderr"]), *compared, *sparse]
+    sparse = [MISSING] * 3 if row["variant"] == "dense" else [percent(shares[k]) for k in ("gate", "ffn", "model")]
+    return [row["variant"], fixed(row["value"]), fixed(row["stderr"]), *compared, *sparse]
 
 
 def _units(variants: list[dict[str, Any]]) -> list[str]:
@@ -104,5 +101,5 @@ def _show_layers(result: dict[str, Any]) -> None:
         layers = table("layer", "threshold", "sparsity at calibration", "measured here")
         for layer, threshold in variant["thresholds"].items():
             expected = variant["layer_sparsity"].get(layer)
-            layers.add_row(layer, f"{threshold:.5f}", percent(expected), percent(row["layer_sparsity"].get(layer)))
+            layers.add_row(layer, fixed(threshold, 5), percent(expected), percent(row["layer_sparsity"].get(layer)))
         show(layers)

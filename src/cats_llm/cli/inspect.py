@@ -7,10 +7,11 @@ import typer
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.layer_tensors import FILE
 from cats_llm.cli.options import Results
-from cats_llm.cli.output import percent, quiet_libraries, show, size, table, track
+from cats_llm.cli.output import quiet_libraries, show, table, track
 from cats_llm.cli.signature import Defaults, Without, with_options
 from cats_llm.inspection import SAMPLING, inspect_model
 from cats_llm.loading import ModelSource
+from cats_llm.number_format import fixed, percent, size
 from cats_llm.options import Panel, values_of
 
 
@@ -57,7 +58,7 @@ def _show(facts: dict[str, Any]) -> None:
     show(f"{facts['model']}: {facts['class']}, {kind}")
     rows = table("layer", "MLP", "act", "threshold", "expected", "measured")
     for layer in facts["layers"]:
-        threshold = "-" if layer["threshold"] is None else f"{layer['threshold']:.5f}"
+        threshold = fixed(layer["threshold"], 5)
         shape = f"{layer['hidden_size']} x {layer['intermediate_size']}" + (" fused" if layer["fused"] else "")
         rows.add_row(
             str(layer["layer"]),

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cats_llm import distributed
+from cats_llm.number_format import fixed, size
 
 if TYPE_CHECKING:
     from cats_llm.evaluation.run import Progress as EvaluationProgress
@@ -58,8 +59,7 @@ def notify(message: str) -> None:
 def show_progress(step: "EvaluationProgress") -> None:
     """Tell the user what was measured, and what time is left."""
     metric = next(iter(step.measurement.metrics), None)
-    number = "-" if metric is None or metric.value is None else f"{metric.value:.4f}"
-    value = "no metric" if metric is None else f"{metric.name} {number}"
+    value = "no metric" if metric is None else f"{metric.name} {fixed(metric.value)}"
     how = "known already" if step.cached else f"{step.seconds:.0f} s"
     left = "" if not step.left else f", about {_duration(step.left)} left"
     notify(f"[{step.done}/{step.total}] {step.variant} on {step.task}: {value} ({how}){left}")
@@ -77,20 +77,6 @@ def table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         rows.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     return rows
-
-
-def percent(value: float | None, digits: int = 2) -> str:
-    """A share as a percentage, or a dash."""
-    return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def size(number: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.{0 if unit == 'B' else 2}f} {unit}"
-        number /= 1000
-    raise AssertionError
 
 
 def show_left_out(left_out: Mapping[str, int]) -> None:

@@ -11,6 +11,7 @@ from cats_llm.cli import options
 from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
 from cats_llm.cli.signature import with_options
 from cats_llm.errors import CatsError
+from cats_llm.number_format import MISSING, number
 from cats_llm.outputs import command_line, write_file
 from cats_llm.recipes import BenchPlan, FinetuningPlan
 from cats_llm.recipes.reproduce import REPORTED, ReproduceConfig, Reproduction, reproduce
@@ -97,17 +98,17 @@ def _show(reproduction: Reproduction) -> None:
         what = "a tiny MLP" if recipe.model is None else f"the bundled model and a few documents, not {recipe.model}"
         show(f"Smoke run on {what}: the numbers only show that every step runs, and are not to be compared.\n")
     rows = table("number", "published", "measured", "± stderr", "difference")
-    for number in reproduction.comparisons:
-        difference = None if smoke else number.difference
+    for comparison in reproduction.comparisons:
+        difference = None if smoke else comparison.difference
         rows.add_row(
-            number.expected.of.label,
-            _number(number.expected.value),
-            _number(number.measured),
-            _number(number.stderr),
-            "-" if difference is None else f"{difference:+.4g}",
+            comparison.expected.of.label,
+            _range(comparison.expected.value),
+            _range(comparison.measured),
+            _range(comparison.stderr),
+            MISSING if difference is None else f"{difference:+.4g}",
         )
     show(rows)
-    for source in dict.fromkeys(number.expected.source for number in reproduction.comparisons):
+    for source in dict.fromkeys(comparison.expected.source for comparison in reproduction.comparisons):
         show(f"published: {source}")
     facts = machine.facts()
     # benchmarks run on the CPU
@@ -115,8 +116,5 @@ def _show(reproduction: Reproduction) -> None:
     show(f"measured: on {place}, cats-llm {facts['versions']['cats-llm']}")
 
 
-def _number(value: float | tuple[float, float] | None) -> str:
-    if value is None:
-        return "-"
-    parts = value if isinstance(value, tuple) else (value,)
-    return " to ".join(f"{part:.4f}" if abs(part) < 1 else f"{part:.4g}" for part in parts)
+def _range(value: float | tuple[float, float] | None) -> str:
+    return " to ".join(map(number, value)) if isinstance(value, tuple) else number(value)

@@ -9,8 +9,9 @@ import typer
 from cats_llm.calibration.search import Choice
 from cats_llm.calibration.sparsify_model import SparsifyConfig, sparsify_model
 from cats_llm.cli.options import Results
-from cats_llm.cli.output import percent, progress_console, quiet_libraries, show, show_left_out, table, track
+from cats_llm.cli.output import progress_console, quiet_libraries, show, show_left_out, table, track
 from cats_llm.cli.signature import with_options
+from cats_llm.number_format import fixed, percent, signed
 
 
 def add_to(app: typer.Typer) -> None:
@@ -65,5 +66,5 @@ def command(
 def _show_measured(choice: Choice, by_divergence: bool) -> None:
     rows = table("tried", "KL to dense, text held back" if by_divergence else "perplexity, text held back")
     for name, value in choice.measured.items():
-        rows.add_row(name, f"{value:.4f}" if by_divergence else f"{'+' if value >= 0 else ''}{percent(value)}")
+        rows.add_row(name, fixed(value) if by_divergence else f"{signed(100 * value, 2)} %")
     show(rows)

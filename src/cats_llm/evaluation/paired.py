@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from cats_llm.evaluation.task import Metric
+from cats_llm.number_format import Z95
 
-# of a normal distribution: 95 % lie within
-_Z95 = 1.959963984540054
 # random numbers drawn for one test, at most
 _DRAWS = 9_999
 _NUMBERS = 200_000_000
@@ -84,7 +83,7 @@ def paired_difference(variant: Metric, dense: Metric) -> PairedDifference | None
         p, test = mcnemar(int((a > b).sum()), int((a < b).sum())), "McNemar, exact"
     else:
         p, test = _sign_flips((a - b) * w)
-    return PairedDifference(value, error, value - _Z95 * error, value + _Z95 * error, p, test)
+    return PairedDifference(value, error, value - Z95 * error, value + Z95 * error, p, test)
 
 
 def mcnemar(gained: int, lost: int) -> float:

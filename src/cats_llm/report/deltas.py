@@ -54,7 +54,7 @@ class Measure:
 
     def value(self, value: float | None) -> str:
         """A value of it."""
-        return percent(value, 2) if self.share else number(value)
+        return percent(value) if self.share else number(value)
 
     def error(self, value: float | None) -> str:
         """A standard error of it."""
@@ -238,9 +238,9 @@ def _line(known: list[Delta]) -> str:
         name, _, unit = delta.measure.metric_label.partition(", ")
         effect = f"{name} {delta.measure.value(delta.row.value)} {unit}".rstrip()
         effects.append(effect if delta.measure.is_distance else f"{effect}, {_change(delta, brief=True)}")
-    skipped = "" if row.sparsity.model is None else f"{percent(row.sparsity.model)} of all linear weights skipped; "
+    skipped = "" if row.sparsity.model is None else f"{percent(row.sparsity.model, 1)} of all linear weights skipped; "
     if skipped and row.sparsity.gate is not None:
-        skipped = f"{percent(row.sparsity.gate)} of the MLP neurons, {skipped}"
+        skipped = f"{percent(row.sparsity.gate, 1)} of the MLP neurons, {skipped}"
     return f"{known[0].variant.title}: {skipped}{'; '.join(effects)}."
 
 

@@ -217,6 +217,11 @@ def say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
 
 
+def note(axes: Axes, text: str) -> None:
+    """Text in the upper left corner of a plot."""
+    axes.text(0.03, 0.95, text, transform=axes.transAxes, va="top", color=MUTED)
+
+
 def _magnitude(value: float, _position: int) -> str:
     """A tick of a logarithmic axis."""
     return f"{value:g}" if 1e-3 <= abs(value) < 1e4 else number(value, 1)

@@ -74,8 +74,8 @@ def training_table(runs: Sequence[TrainingRun]) -> TextTable:
             number(run.points[0].perplexity, 5),
             number(run.points[-1].perplexity, 5),
             change(run.points[-1].perplexity, run.points[0].perplexity),
-            percent(run.points[0].gate),
-            percent(run.points[-1].gate),
+            percent(run.points[0].gate, 1),
+            percent(run.points[-1].gate, 1),
         ]
         for run in runs
     ]
@@ -136,7 +136,7 @@ def markdown(inputs: ReportInputs) -> str:
                 delta.change(),
                 delta.interval(),
                 delta.probability(),
-                *(percent(share) for share in vars(delta.row.sparsity).values()),
+                *(percent(share, 1) for share in vars(delta.row.sparsity).values()),
             ]
             for measure in measures(result)
             for delta in deltas(result, measure)

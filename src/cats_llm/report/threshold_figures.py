@@ -118,7 +118,9 @@ def histograms(distributions: Distributions, thresholds: Thresholds, wide: bool 
             if zeros == 1:
                 style.say(axes, "all zero")
             elif zeros >= 1e-3:
-                axes.text(0.03, 0.95, f"{percent(zeros)} zero", transform=axes.transAxes, va="top", color=style.MUTED)
+                axes.text(
+                    0.03, 0.95, f"{percent(zeros, 1)} zero", transform=axes.transAxes, va="top", color=style.MUTED
+                )
         figure.supxlabel("|act(gate)|, logarithmic", fontsize=9)
         figure.supylabel("% of activations per decade", fontsize=9)
         style.legend(figure, {name: look.dashed for name, look in looks.items()})

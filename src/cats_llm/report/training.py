@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cats_llm.errors import CatsError
+from cats_llm.formats import FINETUNING, FINETUNING_RUNS, FINETUNING_VERSION
 from cats_llm.number_format import known, number, percent
 from cats_llm.report.labels import label, short_name
 from cats_llm.report.page_figure import PageFigure
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.figure import Figure
-
-_LOG, _SEVERAL = "cats-finetune", "cats-finetune-runs"
-_VERSION = 1
 
 
 class Point(NamedTuple):
@@ -50,7 +48,7 @@ class TrainingRun:
 
 def is_training(values: Any) -> bool:
     """Whether it is a log of `cats finetune`, or several in one file."""
-    return isinstance(values, dict) and values.get("format") in (_LOG, _SEVERAL)
+    return isinstance(values, dict) and values.get("format") in (FINETUNING, FINETUNING_RUNS)
 
 
 def read_training(values: dict[str, Any], path: Path) -> list[TrainingRun]:
@@ -59,12 +57,12 @@ def read_training(values: dict[str, Any], path: Path) -> list[TrainingRun]:
     Raises:
         CatsError: it is damaged, or of a newer version.
     """
-    if values.get("version") != _VERSION:
+    if values.get("version") != FINETUNING_VERSION:
         raise CatsError(
             f"{path} is a fine-tuning log of version {values.get('version')!r}; upgrade cats-llm to read it."
         )
     try:
-        logs = values["runs"] if values["format"] == _SEVERAL else [values]
+        logs = values["runs"] if values["format"] == FINETUNING_RUNS else [values]
         runs = [_run(log, values) for log in logs]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CatsError(f"{path} is a fine-tuning log that is damaged; train again, or take it from OUT.") from error
@@ -144,6 +142,6 @@ def finding(runs: Sequence[TrainingRun]) -> str:
     last, first = run.points[-1], run.points[0]
     return (
         f"Fine-tuning for {last.step} steps takes {run.name} from a held-out perplexity of "
-        f"{number(first.perplexity)} to {number(value)} at {percent(last.gate)} gate sparsity"
+        f"{number(first.perplexity)} to {number(value)} at {percent(last.gate, 1)} gate sparsity"
         + (", the lowest of the sparse models here." if len(ended) > 1 else ".")
     )
