@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from cats_llm.report.results import EvalResult
     from cats_llm.report.training import TrainingRun
 
-_COLUMNS = ("measure", "model", "value", "change to dense", "95 % interval", "p", "gate", "FFN", "model sparsity")
+_TRAINING = (
+    "setting",
+    "learning rate",
+    "steps",
+    "perplexity before",
+    "after",
+    "change",
+    "gate sparsity before",
+    "after",
+)
+_NUMBERS = ("measure", "model", "value", "change to dense", "95 % interval", "p", "gate", "FFN", "model sparsity")
 
 
 class ResultTable(NamedTuple):
@@ -55,16 +65,6 @@ def result_table(result: EvalResult) -> ResultTable:
 
 def training_table(runs: Sequence[TrainingRun]) -> TextTable:
     """One line a run of fine-tuning."""
-    columns = (
-        "setting",
-        "learning rate",
-        "steps",
-        "perplexity before",
-        "after",
-        "change",
-        "gate sparsity before",
-        "after",
-    )
     several = len({run.group for run in runs}) > 1
     rows = [
         [
@@ -79,7 +79,7 @@ def training_table(runs: Sequence[TrainingRun]) -> TextTable:
         ]
         for run in runs
     ]
-    return TextTable("Fine-tuning", columns, rows)
+    return TextTable("Fine-tuning", _TRAINING, rows)
 
 
 def bench_table(bench: Bench) -> TextTable:
@@ -141,7 +141,7 @@ def markdown(inputs: ReportInputs) -> str:
             for measure in measures(result)
             for delta in deltas(result, measure)
         ]
-        parts.append(_table(_COLUMNS, rows, numbers_from=2))
+        parts.append(_table(_NUMBERS, rows, numbers_from=2))
     tables = [training_table(inputs.trainings)] if inputs.trainings else []
     for table in [*tables, *map(bench_table, inputs.benches)]:
         parts += [f"**{_cell(table.title)}**\n", _table(table.columns, table.rows, numbers_from=1)]
