@@ -112,6 +112,24 @@ def test_a_command_may_have_other_defaults_and_fewer_options():
     assert result.exit_code == 2
 
 
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner("m", "c")
+
+
+def test_a_dataclass_inside_another_has_the_defaults_that_the_outer_one_gives_it():
+    def command(seen):
+        def inner(config: Outer) -> None:
+            seen.append(config)
+
+        return inner
+
+    assert {name: field.default for name, field in option_fields(Outer).items()} == {"name": "m", "column": "c"}
+    assert call([], command)[0] == Outer()
+    assert call(["n"], command)[0] == Outer(Inner("n", "c"))
+    assert from_mapping(Outer, {"column": "d"}, "x: ") == Outer(Inner("m", "d"))
+
+
 def test_a_command_may_say_what_an_option_means_in_it():
     def explains(seen):
         def inner(config: Annotated[Inner, Help(column="Of a table.")]) -> None:

@@ -201,13 +201,7 @@ class LmEvalTask(Task):
                 apply_chat_template=self.options.apply_chat_template,
             )
         metrics = self._metrics(results) if results is not None else []
-        return Measurement(
-            distributed.broadcast(metrics),
-            distributed.sum_counts(counter.counts()),
-            sum(distributed.gather(counter.tokens())),
-            time.perf_counter() - started,
-            distributed.sum_counts(counter.inputs()),
-        )
+        return counter.measurement(distributed.broadcast(metrics), started)
 
     def _metrics(self, results: dict[str, Any]) -> list[Metric]:
         """Everything that lm-eval measured, with the scores of documents."""

@@ -129,14 +129,7 @@ class PerplexityTask(Task):
         gathered = [torch.cat(column) for column in zip(*distributed.gather(columns), strict=True)]
         order = gathered[0].argsort()
         tokens, nll, kl, agree = (column[order] for column in gathered[1:])
-        counts = distributed.sum_counts(counter.counts())
-        return Measurement(
-            self._metrics(tokens, nll, kl, agree, reference is not None),
-            counts,
-            sum(distributed.gather(counter.tokens())),
-            time.perf_counter() - started,
-            distributed.sum_counts(counter.inputs()),
-        )
+        return counter.measurement(self._metrics(tokens, nll, kl, agree, reference is not None), started)
 
     def _metrics(self, tokens: Tensor, nll: Tensor, kl: Tensor, agree: Tensor, compared: bool) -> list[Metric]:
         per = {"perplexity": 1.0}

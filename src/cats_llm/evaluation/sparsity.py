@@ -1,13 +1,16 @@
 """Counts the neurons, or inputs of linear layers, that a sparse model skips, on whatever runs through it."""
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cats_llm import distributed
 from cats_llm.calibration.batches import CalibrationData, read_batches, run_decoder
 from cats_llm.evaluation.baselines.input_mask import hooked_inputs
+from cats_llm.evaluation.task import Measurement, Metric
 from cats_llm.kernels.backend import MAX_DECODE_TOKENS
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.sparse_mlp import SparseMLP
@@ -99,6 +102,21 @@ class SparsityCounter:
     def result(self) -> dict[int, float]:
         """The gate sparsity of each layer, a share of its neurons over all tokens counted."""
         return {layer: skipped / seen for layer, (skipped, seen) in self.counts().items() if seen}
+
+    def measurement(self, metrics: list[Metric], started: float) -> Measurement:
+        """The metrics with what was counted meanwhile, over all processes.
+
+        Args:
+            metrics: the same in every process.
+            started: of `time.perf_counter`.
+        """
+        return Measurement(
+            metrics,
+            distributed.sum_counts(self.counts()),
+            sum(distributed.gather(self.tokens())),
+            time.perf_counter() - started,
+            distributed.sum_counts(self.inputs()),
+        )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._settle()
