@@ -34,8 +34,8 @@ from cats_llm.benchmark import machine
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
-from cats_llm.evaluation.evaluate import exp, score_sequences
 from cats_llm.evaluation.paired import paired_difference
+from cats_llm.evaluation.scoring import exp, score_sequences
 from cats_llm.evaluation.task import Metric
 from cats_llm.loading import default_device, load_model, load_tokenizer
 from cats_llm.outputs import write_file, write_json

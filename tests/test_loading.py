@@ -14,7 +14,7 @@ from cats_llm import bundled
 from cats_llm.calibration.batches import check_runs
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
-from cats_llm.evaluation.evaluate import evaluate
+from cats_llm.evaluation.scoring import score_sequences
 from cats_llm.loading import load_model, load_skeleton, load_tokenizer
 from cats_llm.model.architecture import model_class
 from checkpoints import save_with_tokenizer
@@ -291,7 +291,7 @@ def test_a_model_that_needs_more_than_text_says_so(llama):
     with pytest.raises(CatsError, match=message):
         cats_llm.calibrate(model, [llama.ids])
     with pytest.raises(CatsError, match=message):
-        evaluate(model, [llama.ids])
+        score_sequences(model, llama.ids)
     with pytest.raises(CatsError, match=message):
         check_runs(model)
 

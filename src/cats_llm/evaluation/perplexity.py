@@ -11,8 +11,8 @@ from torch import Tensor
 from cats_llm import distributed
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.batch import BatchSize
-from cats_llm.evaluation.evaluate import exp, score_sequences
 from cats_llm.evaluation.paired import standard_error
+from cats_llm.evaluation.scoring import exp, score_sequences
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
 from cats_llm.model.architecture import check_predicts_tokens

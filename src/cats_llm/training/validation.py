@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cats_llm import distributed
-from cats_llm.evaluation.evaluate import exp
+from cats_llm.evaluation.scoring import exp
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.training.data import IGNORED, Example, collate

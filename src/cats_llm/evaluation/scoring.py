@@ -1,9 +1,9 @@
-"""Perplexity, distance to the dense model's next-token distribution, and the sparsity achieved, in one pass."""
+"""How well a model predicts sequences, and how far its next-token distributions are from another model's."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,37 +15,9 @@ from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
 from cats_llm.model.contexts import as_dense
 from cats_llm.model.tokens import check_positions, check_tokens
-from cats_llm.model.weight_traffic import Sparsity, sparsity_of
 
 # rows of logits held in float32 at a time
 _ROWS = 512
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured.
-
-    Attributes:
-        tokens: predicted tokens, all but the first of every sequence.
-        perplexity: exp of the mean negative log-likelihood a token.
-        kl: mean over tokens of KL(reference || model) in nats; None without a reference.
-        top1_agreement: share of tokens where both find the same token most likely; None without a reference.
-        layer_sparsity: gate sparsity measured on these tokens, by layer; empty for a dense model.
-        sparsity: the mean of it in the three units of the literature.
-    """
-
-    tokens: int
-    perplexity: float
-    kl: float | None
-    top1_agreement: float | None
-    layer_sparsity: dict[int, float]
-    sparsity: Sparsity
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; not a number becomes None."""
-        values = asdict(self)
-        values["perplexity"] = self.perplexity if math.isfinite(self.perplexity) else None
-        return values
 
 
 @dataclass(frozen=True)
@@ -105,43 +77,16 @@ def score_sequences(
     sums = torch.zeros(4, len(ids), dtype=torch.float64, device="cpu")
     for s, c in zip(sequence.split(_ROWS), column.split(_ROWS), strict=True):
         log_p = F.log_softmax(logits[s, c].float(), dim=-1)
-        found = [torch.ones(len(s)), F.nll_loss(log_p, ids[s, c + 1], reduction="none")]
+        measures = [torch.ones(len(s)), F.nll_loss(log_p, ids[s, c + 1], reduction="none")]
         if expected is not None:
             there = expected.device
             log_q = F.log_softmax(expected[s.to(there), c.to(there)].float(), dim=-1).to(log_p.device)
-            found.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1))
-            found.append(log_p.argmax(-1) == log_q.argmax(-1))
-        for row, values in zip(sums, found, strict=False):
+            measures.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1))
+            measures.append(log_p.argmax(-1) == log_q.argmax(-1))
+        for row, values in zip(sums, measures, strict=False):
             row.index_add_(0, s.cpu(), values.cpu().double())
     compared = reference is not None
     return SequenceScores(sums[0], sums[1], sums[2] if compared else None, sums[3] if compared else None)
-
-
-def evaluate(model: nn.Module, batches: Iterable[Tensor], reference: nn.Module | None = None) -> Evaluation:
-    """Evaluate a model on token sequences. Every token is computed as in prefill.
-
-    Args:
-        model: dense or CATS, in eval mode.
-        batches: input_ids (B, T), each sequence predicted from its own beginning.
-        reference: the model to compare with. Passing ``model`` itself compares it with its own dense function.
-
-    Raises:
-        CatsError: there are no tokens to predict, or as `score_sequences`.
-    """
-    counter = SparsityCounter(model)
-    scores = [score_sequences(model, ids, reference=reference, counter=counter) for ids in batches]
-    tokens = sum(int(s.tokens.sum()) for s in scores)
-    if tokens == 0:
-        raise CatsError("there is nothing to evaluate: no sequence has two tokens.")
-    layer_sparsity = counter.result()
-    return Evaluation(
-        tokens,
-        exp(sum(float(s.nll.sum()) for s in scores) / tokens),
-        sum(float(s.kl.sum()) for s in scores if s.kl is not None) / tokens if reference is not None else None,
-        sum(float(s.agree.sum()) for s in scores if s.agree is not None) / tokens if reference is not None else None,
-        layer_sparsity,
-        sparsity_of(model, layer_sparsity),
-    )
 
 
 def exp(value: float) -> float:
