@@ -12,17 +12,11 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, table, track
-from cats_llm.cli.signature import with_options
 from cats_llm.loading import ModelSource
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.options import Panel
 from cats_llm.text import RowFormat, TextSource
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="calibrate")(with_options(command))
 
 
 def command(

@@ -9,15 +9,9 @@ from rich.text import Text
 
 from cats_llm.cli import options
 from cats_llm.cli.output import quiet_libraries, show, show_progress, table, track
-from cats_llm.cli.signature import with_options
 from cats_llm.demo import run_demo
 from cats_llm.number_format import MISSING, change, fixed, percent, target
 from cats_llm.outputs import command_line
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="demo")(with_options(command))
 
 
 def command(

@@ -9,14 +9,8 @@ from cats_llm.checkpoint.write import write_dense_checkpoint
 from cats_llm.cli import options
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, show_left_out
-from cats_llm.cli.signature import with_options
 from cats_llm.loading import checkpoint_folder
 from cats_llm.number_format import size
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="densify")(with_options(command))
 
 
 def command(

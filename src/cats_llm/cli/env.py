@@ -1,16 +1,8 @@
 """`cats env`: what this installation is and which kernels it uses."""
 
-import typer
-
 from cats_llm.benchmark import machine
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import show, table
-from cats_llm.cli.signature import with_options
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="env")(with_options(command))
 
 
 def command(results: Results) -> None:

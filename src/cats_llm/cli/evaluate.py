@@ -2,21 +2,13 @@
 
 from typing import Any
 
-import typer
-
 from cats_llm import distributed
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
-from cats_llm.cli.signature import with_options
 from cats_llm.evaluation.config import EvaluationConfig
 from cats_llm.evaluation.evaluate_model import evaluate_model
 from cats_llm.number_format import MISSING, fixed, percent
 from cats_llm.outputs import command_line
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="eval")(with_options(command))
 
 
 def command(config: EvaluationConfig, results: Results) -> None:

@@ -3,25 +3,16 @@
 import sys
 from typing import Annotated
 
-import typer
-
 from cats_llm import distributed
 from cats_llm.cli import options
 from cats_llm.cli.output import quiet_libraries, show
-from cats_llm.cli.signature import Help, with_options
+from cats_llm.cli.signature import Help
 from cats_llm.outputs import command_line
 from cats_llm.training.config import FinetuneConfig
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="finetune")(command)
-
 
 _DTYPE = "Of the base model: bfloat16 or float32; auto: bfloat16 on a GPU that has it, else float32."
 
 
-@with_options
 def command(config: Annotated[FinetuneConfig, Help(dtype=_DTYPE)], results: options.Results) -> None:
     """Recover quality: train LoRA adapters on a CATS, ReLUfied or dense model, and write the result as a checkpoint.
 

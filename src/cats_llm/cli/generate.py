@@ -6,7 +6,6 @@ import typer
 
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import progress_console, quiet_libraries
-from cats_llm.cli.signature import with_options
 from cats_llm.cli.streams import read_prompt
 from cats_llm.continuation import Decoding, continue_prompt
 from cats_llm.loading import ModelSource
@@ -14,11 +13,6 @@ from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparsify import thresholds
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.number_format import percent
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="generate")(with_options(command))
 
 
 def command(

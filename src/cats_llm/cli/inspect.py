@@ -8,16 +8,11 @@ from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.layer_tensors import FILE
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, table, track
-from cats_llm.cli.signature import Defaults, Without, with_options
+from cats_llm.cli.signature import Defaults, Without
 from cats_llm.inspection import SAMPLING, inspect_model
 from cats_llm.loading import ModelSource
 from cats_llm.number_format import fixed, percent, size
 from cats_llm.options import Panel, values_of
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="inspect")(with_options(command))
 
 
 def command(

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -23,6 +23,7 @@ from cats_llm.cli import (
     streams,
     tune,
 )
+from cats_llm.cli.signature import with_options
 from cats_llm.errors import CatsError, first_line
 from cats_llm.evaluation.batch import out_of_memory
 
@@ -34,22 +35,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (
-    calibrate,
-    sparsify,
-    densify,
-    finetune,
-    inspect,
-    generate,
-    evaluate,
-    report,
-    reproduce,
-    bench,
-    tune,
-    env,
-    demo,
-):
-    module.add_to(app)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "calibrate": calibrate.command,
+    "sparsify": sparsify.command,
+    "densify": densify.command,
+    "finetune": finetune.command,
+    "inspect": inspect.command,
+    "generate": generate.command,
+    "eval": evaluate.command,
+    "report": report.command,
+    "reproduce": reproduce.command,
+    "tune": tune.command,
+    "env": env.command,
+    "demo": demo.command,
+}
+for name, command in COMMANDS.items():
+    app.command(name=name)(with_options(command))
+bench.add_to(app)
 
 # what a wrong command line raises; typer exports only a subclass of it
 _UsageError: Any = typer.BadParameter.__base__

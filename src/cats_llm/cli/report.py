@@ -14,11 +14,6 @@ from cats_llm.report.page import headline
 _STDOUT = Path("-")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="report")(command)
-
-
 def command(
     results: Annotated[
         list[Path],

@@ -9,7 +9,6 @@ from cats_llm import recipes
 from cats_llm.benchmark import machine
 from cats_llm.cli import options
 from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
-from cats_llm.cli.signature import with_options
 from cats_llm.errors import CatsError
 from cats_llm.number_format import MISSING, number
 from cats_llm.outputs import command_line, write_file
@@ -18,12 +17,6 @@ from cats_llm.recipes.reproduce import REPORTED, ReproduceConfig, Reproduction, 
 from cats_llm.report import MissingExtraError, read_files, render_page, require_extra
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="reproduce")(command)
-
-
-@with_options
 def command(
     config: ReproduceConfig,
     results: options.Results,

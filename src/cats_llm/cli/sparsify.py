@@ -10,13 +10,7 @@ from cats_llm.calibration.search import Choice
 from cats_llm.calibration.sparsify_model import SparsifyConfig, sparsify_model
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import progress_console, quiet_libraries, show, show_left_out, table, track
-from cats_llm.cli.signature import with_options
 from cats_llm.number_format import fixed, percent, signed
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="sparsify")(with_options(command))
 
 
 def command(

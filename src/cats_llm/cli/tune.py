@@ -14,11 +14,6 @@ from cats_llm.loading import load_skeleton
 from cats_llm.model.structure import find_gated_mlps
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command(name="tune")(command)
-
-
 def command(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A folder or name; or pass --shape.", show_default=False)
