@@ -14,13 +14,14 @@ SOURCE = Path(cats_llm.__file__).parent
 
 # what each part of the package may import of it, beside itself and what all may use
 GROUND_FLOOR = {"kernels", "dtypes", "errors", "options", "outputs", "distributed", "number_format"}
-ALL_MAY_USE = GROUND_FLOOR - {"kernels"} | {"formats", "checkpoint", "versions"}
+ALL_MAY_USE = GROUND_FLOOR - {"kernels"} | {"formats", "progress", "checkpoint", "versions"}
 MAY_IMPORT = {
     "errors": set(),
     "options": {"errors"},
     "outputs": {"errors"},
     "distributed": {"errors"},
     "formats": set(),
+    "progress": set(),
     "number_format": set(),
     "versions": set(),
     "dtypes": set(),

@@ -1,6 +1,6 @@
 """The whole job on the bundled model and real text: what `cats demo` runs, and an example of the package in use."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cats_llm.model.sparsify import densify, sparsify
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.number_format import percent
 from cats_llm.outputs import check_output, write_file, write_folder, write_json
+from cats_llm.progress import Track, untracked
 from cats_llm.report import read_files, render_page, require_extra
 
 SPARSITIES = (0.5, 0.7, 0.9)
@@ -44,7 +45,7 @@ def run_demo(
     dtype: str = "float32",
     force: bool = False,
     command: str = "",
-    track: Callable[..., Iterable[Any]] = lambda items, *_: items,
+    track: Track = untracked,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Calibrate, evaluate, save, reload and generate with the bundled model at several sparsities, and write a report.
@@ -57,7 +58,7 @@ def run_demo(
         dtype: of the weights.
         force: replace a folder that exists.
         command: what made the result, for the record.
-        track: called with the batches of calibration, what they are and how many; gives them back, as a bar does.
+        track: shows how much of the calibration is done.
         progress: called after each measurement of `run_evaluation`.
 
     Returns:

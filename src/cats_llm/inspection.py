@@ -1,6 +1,5 @@
 """What a model is made of and what sparsity saves, as `cats inspect` shows it."""
 
-from collections.abc import Callable
 from typing import Any
 
 from cats_llm import bundled
@@ -11,6 +10,7 @@ from cats_llm.integrations.transformers import load_vectors
 from cats_llm.loading import ModelSource
 from cats_llm.model.structure import activation_name, find_gated_mlps
 from cats_llm.model.weight_traffic import bytes_per_token, sparsity_of
+from cats_llm.progress import Track, untracked
 
 SAMPLING = Sampling(samples=8, seq_length=256)
 """How much text the sparsity is measured on, unless more is asked for."""
@@ -22,7 +22,7 @@ def inspect_model(
     sampling: Sampling = SAMPLING,
     *,
     measure: bool = True,
-    track: Callable[..., Any] = lambda items, *_: items,
+    track: Track = untracked,
 ) -> dict[str, Any]:
     """A model's gated MLPs, thresholds, sparsity, and the bytes that decoding one token reads.
 
@@ -31,7 +31,7 @@ def inspect_model(
         text: to measure the sparsity of a CATS model on; None takes some English prose.
         sampling: of the text.
         measure: False reads no weights and goes by the sparsity at calibration.
-        track: (items, description) -> the items, for a progress bar.
+        track: shows how much of the text is done.
 
     Returns:
         Plain values for JSON.

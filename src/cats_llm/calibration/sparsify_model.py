@@ -1,9 +1,7 @@
 """A CATS checkpoint from a dense one, as `cats sparsify` makes it: from names and options to the written folder."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
@@ -17,6 +15,7 @@ from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.weight_traffic import Sparsity, sparsity_of
 from cats_llm.options import Panel, option
+from cats_llm.progress import Track, untracked
 from cats_llm.text import RowFormat, TextSource
 
 
@@ -65,7 +64,7 @@ def sparsify_model(
     *,
     force: bool = False,
     notify: Notify | None = None,
-    track: Callable[..., Any] = lambda items, *_: items,
+    track: Track = untracked,
 ) -> SparsifiedModel:
     """Calibrate a model, unless a profile says enough, and write its files with a CATS config.
 
@@ -74,7 +73,7 @@ def sparsify_model(
         out: the folder to write.
         force: replace it, if it is there.
         notify: told in a few words what is being done, where that is more than one pass over the text.
-        track: (items, description, total) -> the items, for a progress bar of that pass.
+        track: shows how much of that pass is done.
 
     Raises:
         CatsError: the model cannot be made sparse, or not as asked; or from loading, calibrating and writing.
@@ -92,9 +91,10 @@ def sparsify_model(
         choice = find_config(skeleton, Profile.load(config.profile), target)
     else:
         model, tokenizer = source.load(), source.tokenizer()
-        batches = config.sampling.batches(TextSource(str(config.data), config.rows), tokenizer, model)
-        if target.profile_is_enough:
-            batches = track(batches, "calibrating", config.sampling.most_batches())
-        choice = find_config(model, batches, target, data=config.data, tokenizer=tokenizer, notify=notify)
+        text = TextSource(str(config.data), config.rows)
+        batches = config.sampling.batches(text, tokenizer, model)
+        once = target.profile_is_enough
+        tracked = track(batches, "calibrating", config.sampling.most_batches()) if once else batches
+        choice = find_config(model, tracked, target, data=config.data, tokenizer=tokenizer, notify=notify)
     written = write_checkpoint(folder, out, choice.config, force)
     return SparsifiedModel(choice, sparsity_of(skeleton, choice.config.layer_sparsity), written, unused)

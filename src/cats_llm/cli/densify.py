@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from cats_llm.checkpoint.write import write_dense_checkpoint
-from cats_llm.cli import options
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, show_left_out
 from cats_llm.loading import checkpoint_folder
@@ -28,7 +27,9 @@ def command(
             "a file in place changes both models.",
         ),
     ] = False,
-    revision: options.Revision = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)
+    ] = None,
 ) -> None:
     """Write the dense model of a CATS checkpoint, for programs that know nothing of CATS.
 

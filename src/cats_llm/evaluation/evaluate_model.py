@@ -16,6 +16,7 @@ from cats_llm.evaluation.tasks import build_tasks
 from cats_llm.evaluation.variants import Variant, checkpoint_variant, make_variants, with_unique_names
 from cats_llm.loading import ModelSource
 from cats_llm.model.sparsify import thresholds
+from cats_llm.progress import Track, untracked
 from cats_llm.text import TextSource, batched, check_length, load_sequences
 
 # sequences to calibrate on, where a text is given instead of a profile
@@ -27,7 +28,7 @@ def evaluate_model(
     *,
     progress: Callable[[Progress], None] | None = None,
     notify: Callable[[str], None] | None = None,
-    track: Callable[..., Any] = lambda items, *_: items,
+    track: Track = untracked,
     command: str = "",
 ) -> dict[str, Any]:
     """Load a model, calibrate it where thresholds are wanted, and measure its variants.
@@ -38,7 +39,7 @@ def evaluate_model(
     Args:
         config: what is compared on what.
         progress, notify, command: see `run_evaluation`.
-        track: (items, description, total) -> the items, for a progress bar.
+        track: shows how much of the calibration is done.
 
     Returns:
         The content of a result file (docs/evaluation.md).

@@ -28,6 +28,7 @@ from cats_llm.loading import ModelSource, parse_device
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.options import Panel, option
 from cats_llm.outputs import check_output, write_json
+from cats_llm.progress import Track, untracked
 from cats_llm.recipes import finetuning
 from cats_llm.recipes.compare import Comparison, compare
 from cats_llm.recipes.load import smoke_data
@@ -140,7 +141,7 @@ def reproduce(
     force: bool = False,
     notify: Callable[[str], None] = lambda _: None,
     progress: Callable[[Progress], None] = lambda _: None,
-    track: Callable[..., Any] = lambda items, *_: items,
+    track: Track = untracked,
     command: str = "",
 ) -> Reproduction:
     """Run an experiment of the paper, and compare its numbers with the published ones.
@@ -151,7 +152,7 @@ def reproduce(
         force: replace what is there.
         notify: told in words what goes on.
         progress: told of every measurement of an evaluation.
-        track: (items, description, total) -> the items, for a progress bar.
+        track: shows how much of the calibration is done.
         command: what started it, for the record.
 
     Raises:
@@ -195,7 +196,7 @@ class _Run:
     force: bool
     notify: Callable[[str], None]
     progress: Callable[[Progress], None]
-    track: Callable[..., Any]
+    track: Track
     command: str
 
     def measure(self) -> dict[str, Any]:
