@@ -24,8 +24,8 @@ from cats_llm.benchmark.cuda_check import check_mlp
 from cats_llm.benchmark.cuda_decode import MODES, bench_cuda_decode
 from cats_llm.benchmark.cuda_mlp import bench_cuda_mlp
 from cats_llm.benchmark.models import random_model
-from cats_llm.benchmark.rows import as_text, cuda_decode_table, cuda_mlp_table
 from cats_llm.benchmark.shapes import SHAPES, Shape
+from cats_llm.benchmark.tables import CUDA_DECODE, CUDA_MLP, as_text, table
 from cats_llm.outputs import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,18 +80,18 @@ def shapes_once() -> tuple[list[Shape], dict[str, str]]:
 
 
 def tune(run: Run) -> None:
-    """Find the best cuts for all MLPs that are measured. They are kept in the file of tuned cuts."""
+    """Find the best configs for all MLPs that are measured. They are kept in the file of tuned configs."""
     from cats_llm.kernels.gpu import autotune
 
-    found = []
+    tuned = []
     for shape, dtype, tokens in mlp_cases(run):
         for k in KS:
             _, best, default = autotune.tune(shape.hidden_size, shape.intermediate_size, dtype, tokens, k)
-            found.append(
+            tuned.append(
                 {"shape": shape.name, "dtype": str(dtype), "tokens": tokens, "k": k, "us": best, "was": default}
             )
             run.say(f"tuned {shape.name} {dtype} {tokens} tokens k = {k}: {best:.1f} us, by default {default:.1f}")
-            run.save(tuned=found)
+            run.save(tuned=tuned)
 
 
 def mlp_cases(run: Run) -> list[tuple[Shape, torch.dtype, int]]:
@@ -198,13 +198,13 @@ def tables(run: Run) -> None:
     bandwidth = {name: f"{rate / 1e12:.2f} TB/s" for name, rate in results["bandwidth"].items()}
     print(f"\n{', '.join(results['machine']['gpus'])}; memory: {bandwidth}")
     print("x torch is the gain; x own k=0 is the part that sparsity has in it, the rest is engineering.")
-    for section, lines in (("mlp", cuda_mlp_table), ("prefill", cuda_mlp_table), ("decode", cuda_decode_table)):
+    for section, columns in (("mlp", CUDA_MLP), ("prefill", CUDA_MLP), ("decode", CUDA_DECODE)):
         if results.get(section):
-            print(f"\n{section}\n{as_text(lines(results[section]))}")
+            print(f"\n{section}\n{as_text(table(results[section], columns))}")
     for name, other in results.get("same_mlp", {}).items():
         print(f"{name} has the MLP of {other}")
-    for contestant, kernels in results.get("decode_kernels", {}).items():
-        print(f"\nGPU microseconds in one step, {contestant} (sum {1e6 * sum(kernels.values()):.0f})")
+    for candidate, kernels in results.get("decode_kernels", {}).items():
+        print(f"\nGPU microseconds in one step, {candidate} (sum {1e6 * sum(kernels.values()):.0f})")
         for kernel, seconds in list(kernels.items())[:12]:
             print(f"{1e6 * seconds:9.1f}  {kernel[:110]}")
     if results.get("check"):

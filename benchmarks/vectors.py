@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/vectors.py --device cuda --out vectors.json
 
-Contestants share the weights but for down_proj's, skip the same number of neurons, and take turns; ratios are taken
+Candidates share the weights but for down_proj's, skip the same number of neurons, and take turns; ratios are taken
 round by round. On a GPU the layers are replayed as one CUDA graph.
 """
 
@@ -17,12 +17,12 @@ import torch
 
 from cats_llm.benchmark import cuda, machine
 from cats_llm.benchmark.cuda_mlp import kernel_of
-from cats_llm.benchmark.mlp import cuts
-from cats_llm.benchmark.models import MLPs, copy_sharing_weights
+from cats_llm.benchmark.models import MLPs, copy_sharing_weights, thresholds_for
 from cats_llm.benchmark.shapes import SHAPES
-from cats_llm.benchmark.timing import Spread, ratio, take_turns
+from cats_llm.benchmark.timing import Quartiles, interleave, ratio
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import LayerTensors
+from cats_llm.dtypes import dtype_name
 from cats_llm.model.sparsify import sparsify
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.outputs import write_json
@@ -37,7 +37,7 @@ def measure(shape: str, dtype: torch.dtype, k: float, tokens: int, rounds: int, 
     torch.manual_seed(0)
     dense = MLPs(SHAPES[shape], _LAYERS, dtype, device)
     x = torch.randn(tokens, SHAPES[shape].hidden_size, device=device).to(dtype)
-    thresholds = [float(cuts(mlp.gate_linear(x), [k])[0][0]) for mlp in find_gated_mlps(dense)]
+    thresholds = [float(thresholds_for(mlp.gate_linear(x), [k])[0][0]) for mlp in find_gated_mlps(dense)]
     model: Any = copy_sharing_weights(dense, but_down=True)
     works: dict[str, Callable[[int], float | None]] = {}
     models = []  # graphs do not keep what they read
@@ -45,33 +45,33 @@ def measure(shape: str, dtype: torch.dtype, k: float, tokens: int, rounds: int, 
     for name, parts in _PARTS.items():
         vectors = {}
         for layer, t in enumerate(thresholds):
-            made = {
-                # the same for all neurons, so that all contestants skip the same ones
+            tensors = {
+                # the same for all neurons, so that all candidates skip the same ones
                 "thresholds": torch.full((SHAPES[shape].intermediate_size,), t),
                 "compensation": torch.randn(SHAPES[shape].hidden_size),
             }
-            vectors[layer] = LayerTensors(**{part: made[part] for part in parts})
+            vectors[layer] = LayerTensors(**{part: tensors[part] for part in parts})
         config = CatsConfig(
             dict(enumerate(thresholds)), k, dict.fromkeys(range(_LAYERS), k), vectors=vectors if parts else None
         )
         model = sparsify(copy_sharing_weights(model), config)
         kernel = kernel_of(model, tokens, k)
         models.append(model)
-        works[name] = _contestant(model, x)
-    seconds = take_turns(works, rounds)
+        works[name] = _candidate(model, x)
+    seconds = interleave(works, rounds)
     return {
         "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "sparsity": k,
         "tokens": tokens,
         "rounds": rounds,
         "kernel": kernel,
-        "ms": {name: vars(Spread.of(1e3 * s / _LAYERS for s in times)) for name, times in seconds.items()},
+        "ms": {name: vars(Quartiles.of(1e3 * s / _LAYERS for s in times)) for name, times in seconds.items()},
         "over_plain": {name: vars(ratio(times, seconds["plain"])) for name, times in seconds.items()},
     }
 
 
-def _contestant(model: Any, x: torch.Tensor) -> Callable[[int], float | None]:
+def _candidate(model: Any, x: torch.Tensor) -> Callable[[int], float | None]:
     if x.is_cuda:
         return cuda.replayed(lambda: model(x))
 

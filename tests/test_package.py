@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "bundled": set(),
     "inspection": {"bundled", "calibration", "evaluation", "integrations", "loading", "model"},
     "continuation": {"chat", "integrations", "model"},
-    "benchmark": {"calibration", "integrations", "kernels", "model"},
+    "benchmark": {"calibration", "integrations", "kernels", "loading", "model"},
     "calibration": {"kernels", "loading", "model", "text"},
     "evaluation": {"calibration", "kernels", "loading", "model", "text"},
     "training": {"calibration", "chat", "evaluation", "loading", "model", "rows", "text"},

@@ -16,6 +16,7 @@ from cats_llm.checkpoint.config import QUANT_METHOD
 from cats_llm.checkpoint.folder import ADAPTERS as _ADAPTERS
 from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
 from cats_llm.checkpoint.tensors import check_keys
+from cats_llm.dtypes import DTYPE_NAMES
 from cats_llm.errors import CatsError, first_line
 from cats_llm.model.architecture import build_skeleton, model_class
 from cats_llm.model.sparsify import thresholds
@@ -23,7 +24,6 @@ from cats_llm.options import Panel, option
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASE = "base"
 """Where a folder of adapters that `cats finetune` wrote keeps the model that they belong to."""
 
@@ -46,8 +46,8 @@ def parse_device(text: str) -> str:
 
 
 def _dtype(text: str) -> str:
-    if text not in DTYPES:
-        raise CatsError(f"{text!r} is none of {', '.join(DTYPES)}.")
+    if text not in DTYPE_NAMES:
+        raise CatsError(f"{text!r} is none of {', '.join(DTYPE_NAMES)}.")
     return text
 
 
@@ -65,7 +65,7 @@ class ModelSource:
         panel=Panel.DATA,
     )
     dtype: str = option(
-        "auto", help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.", parse=_dtype, panel=Panel.DATA
+        "auto", help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own.", parse=_dtype, panel=Panel.DATA
     )
 
     def load(self) -> Any:
@@ -103,7 +103,7 @@ def load_model(
 
     Args:
         name: of the hub, or a folder.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+        dtype: one of `dtypes.DTYPE_NAMES`; "auto" is the checkpoint's own.
         device: "cpu", "cuda", "cuda:1" ..., or "auto" to spread the model over all there are.
 
     Raises:

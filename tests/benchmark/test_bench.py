@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import cats_llm
-from cats_llm.benchmark.decode import bench_decode
-from cats_llm.benchmark.mlp import bench_mlp
+from cats_llm.benchmark.bench import DecodeBench, MLPBench, bench_decode, bench_mlp
 from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.shapes import SHAPES, Shape, parse_shape
-from cats_llm.benchmark.timing import Spread, ratio, take_turns
+from cats_llm.benchmark.timing import Quartiles, interleave, ratio
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
 from cats_llm.kernels import cpu
@@ -19,22 +18,22 @@ from marks import needs_kernels
 TINY = Shape("tiny", 64, 96, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=128)
 
 
-def test_contestants_take_turns_and_the_first_round_is_not_counted():
+def test_candidates_take_turns_and_the_first_round_is_not_counted():
     order = []
-    seconds = take_turns(
+    seconds = interleave(
         {"a": lambda turn: order.append(("a", turn)), "b": lambda turn: order.append(("b", turn)) or 7.0}, 2
     )
     assert [name for name, _ in order] == ["b", "a", "a", "b", "b", "a"]
     assert [turn for _, turn in order] == list(range(6))
     assert len(seconds["a"]) == 2
-    assert seconds["b"] == [7.0, 7.0], "a contestant that measures itself is believed"
+    assert seconds["b"] == [7.0, 7.0], "a candidate that measures itself is believed"
 
 
 def test_spread_and_ratio():
-    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.5, 2.5)
-    assert Spread.of([4.0]) == Spread(4.0, 4.0, 4.0)
+    assert Quartiles.of([3.0, 1.0, 2.0]) == Quartiles(2.0, 1.5, 2.5)
+    assert Quartiles.of([4.0]) == Quartiles(4.0, 4.0, 4.0)
     # round by round: a machine that slows down in one round slows both
-    assert ratio([1.0, 10.0], [2.0, 20.0]) == Spread(0.5, 0.5, 0.5)
+    assert ratio([1.0, 10.0], [2.0, 20.0]) == Quartiles(0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(("name", "mlp_bytes"), [("llama2-7b", 270_532_608), ("mistral-7b", 352_321_536)])
@@ -52,9 +51,9 @@ def test_parse_shape():
 
 
 @needs_kernels
-def test_bench_mlp_counts_bytes(monkeypatch):
-    monkeypatch.setattr("cats_llm.benchmark.mlp._WORKING_SET", 0)
-    rows = bench_mlp(Shape("t", 64, 1000), torch.bfloat16, [0.0, 0.5, 0.9], rounds=2)
+def test_bench_mlp_counts_bytes():
+    config = MLPBench(shape="64,1000", sparsities=(0.0, 0.5, 0.9), rounds=2, threads=(1,))
+    rows = bench_mlp(config, working_set=0).record["rows"]
     assert [row["contestant"] for row in rows] == ["read", "torch dense", "k = 0.0", "k = 0.5", "k = 0.9"]
     matrix = 64 * 1000 * 2
     for row, k in zip(rows, [0, 0, 0, 0.5, 0.9], strict=True):
@@ -71,14 +70,16 @@ def test_bench_mlp_counts_bytes(monkeypatch):
 def test_bench_decode_leaves_the_model_as_it_was(batch):
     model = random_model(TINY, 2, torch.float32)
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
-    result = bench_decode(model, [0.5], batch=batch, tokens=5, rounds=1)
+    config = DecodeBench("float32", (0.5,), (batch,), model="tiny", tokens=5, rounds=1)
+    result = bench_decode(config, model=model).record
     assert [row["contestant"] for row in result["rows"]] == ["stock transformers", "k = 0.0", "k = 0.5"]
+    assert {(row["model"], row["dtype"]) for row in result["rows"]} == {("tiny", "float32")}
     stock, own, sparse = result["rows"]
     assert stock["bytes"] == own["bytes"] > sparse["bytes"]
     assert sparse["sparsity_decoded"] == pytest.approx(0.5**batch, abs=0.12)
-    assert set(result["breakdown"]) == {"stock transformers", "k = 0.0", "k = 0.5"}
-    for parts in result["breakdown"].values():
-        assert all(math.isfinite(value) and value >= 0 for value in parts.values())
+    assert [entry["contestant"] for entry in result["breakdown"]] == ["stock transformers", "k = 0.0", "k = 0.5"]
+    for entry in result["breakdown"]:
+        assert all(math.isfinite(value) and value >= 0 for value in entry["ms"].values())
     assert cats_llm.thresholds(model) == {}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name][1]), name
@@ -87,7 +88,7 @@ def test_bench_decode_leaves_the_model_as_it_was(batch):
 
 @needs_kernels
 def test_the_commands(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cats_llm.benchmark.mlp._WORKING_SET", 0)
+    monkeypatch.setattr("cats_llm.benchmark.cpu_mlp._WORKING_SET", 0)
     files = ("--json", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.svg"))
     assert main(["bench", "mlp", "--shape", "64,96", "--rounds", "1", "--threads", "1,2", *files]) == 0
     assert "k = 0.9" in capsys.readouterr().out

@@ -17,9 +17,10 @@ from cats_llm.benchmark import cuda, cuda_check
 from cats_llm.benchmark.cuda_check import check_mlp
 from cats_llm.benchmark.cuda_decode import MODES, bench_cuda_decode
 from cats_llm.benchmark.cuda_mlp import DENSE, bench_cuda_mlp
+from cats_llm.benchmark.metrics import speed
 from cats_llm.benchmark.models import MLPs, copy_sharing_weights, random_model
-from cats_llm.benchmark.rows import as_text, cuda_decode_table, cuda_mlp_table, speed
 from cats_llm.benchmark.shapes import SHAPES, Shape
+from cats_llm.benchmark.tables import CUDA_DECODE, CUDA_MLP, as_text, table
 from cats_llm.cli.main import main
 from cats_llm.model.sparsify import sparse_mlps, thresholds
 from cats_llm.model.structure import find_gated_mlps
@@ -215,10 +216,10 @@ def saved_rows():
 
 def test_tables():
     mlp, decode = saved_rows()
-    lines = cuda_mlp_table(mlp)
+    lines = table(mlp, CUDA_MLP)
     assert lines[1][:9] == ["torch dense", "mistral-7b", "bfloat16", "1", "gpu", "80.0", "70.0 to 90.0", "3.00", "75%"]
     assert lines[1][9:] == ["1.00", "-", "1.00", "1.50"]
-    lines = cuda_decode_table(decode)
+    lines = table(decode, CUDA_DECODE)
     assert lines[1] == ["k = 0.5", "1", "-", "8.00", "7.00 to 9.00", "3.35", "3.00", "75%", "1.00", "1.00", "1.50"]
     assert as_text([["name", "x"], ["a", "10.0"]]) == "name     x\na     10.0"
 

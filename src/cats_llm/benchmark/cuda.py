@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cats_llm.benchmark.timing import Spread
+from cats_llm.benchmark.timing import Quartiles
 from cats_llm.kernels.gpu.graphs import captured
 
 Work = Callable[[], object]
@@ -16,6 +16,11 @@ _COPIED = 2**30  # float32 numbers: 4 GiB
 def name(device: str | torch.device) -> str:
     """What the GPU is called."""
     return torch.cuda.get_device_name(device)
+
+
+def title(device: str, memory: dict[str, float]) -> str:
+    """The GPU and what `bandwidths` found, in words."""
+    return f"{name(device)}, copy {memory['copy'] / 1e12:.2f} TB/s"
 
 
 def mark() -> Any:
@@ -33,7 +38,7 @@ def elapsed(start: Any, end: Any) -> float:
 
 
 def eager(work: Work, parts: int = 1) -> Callable[[int], float]:
-    """A contestant of `take_turns`: seconds of one of the work's equal parts, launched one by one by Python."""
+    """A candidate of `interleave`: seconds of one of the work's equal parts, launched one by one by Python."""
 
     def run(turn: int) -> float:
         torch.cuda.synchronize()
@@ -45,7 +50,7 @@ def eager(work: Work, parts: int = 1) -> Callable[[int], float]:
 
 
 def replayed(work: Work, parts: int = 1) -> Callable[[int], float]:
-    """A contestant of `take_turns`: seconds of one of the work's equal parts, replayed as a graph."""
+    """A candidate of `interleave`: seconds of one of the work's equal parts, replayed as a graph."""
     replay = captured(work)
 
     def run(turn: int) -> float:
@@ -73,7 +78,7 @@ def bandwidths(device: str, numbers: int = _COPIED, rounds: int = 11) -> dict[st
     for name, (work, moved) in works.items():
         run = eager(work)
         seconds = [run(turn) for turn in range(rounds + 2)]
-        rates[name] = moved / Spread.of(seconds[2:]).median  # the first ones warm up
+        rates[name] = moved / Quartiles.of(seconds[2:]).median  # the first ones warm up
     return rates
 
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cats_llm.benchmark.cuda_mlp import DENSE, kernel_of
-from cats_llm.benchmark.mlp import cuts
-from cats_llm.benchmark.models import MLPs
+from cats_llm.benchmark.models import MLPs, thresholds_for
 from cats_llm.benchmark.shapes import Shape
 from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.dtypes import dtype_name
 from cats_llm.kernels.definition import ACTIVATIONS, gate_activation, gated_mlp, keep_mask
 from cats_llm.kernels.gpu.graphs import captured
 from cats_llm.model.sparsify import sparsify
@@ -37,10 +37,10 @@ def check_mlp(
     mlp = find_gated_mlps(model)[0]
     module: Any = mlp.module
     gate, up, down = (linear.weight.clone() for linear in (module.gate_proj, module.up_proj, module.down_proj))
-    thresholds, _ = cuts(mlp.gate_linear(x), sparsities)
+    thresholds, _ = thresholds_for(mlp.gate_linear(x), sparsities)
     rows = []
-    for k, cut in zip(sparsities, thresholds, strict=True):
-        threshold = cut * (1 - 1e-4)  # beside the activation that it was taken from
+    for k, at in zip(sparsities, thresholds, strict=True):
+        threshold = at * (1 - 1e-4)  # beside the activation that it was taken from
         sparsify(model, CatsConfig({0: float(threshold)}, sparsity=k, layer_sparsity={0: k}))
 
         truth = _exact(x, gate, up, down, threshold)
@@ -63,7 +63,7 @@ def check_mlp(
         rows.append(
             {
                 "shape": shape.name,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
                 "tokens": tokens,
                 "sparsity": k,
                 "kernel": kernel,

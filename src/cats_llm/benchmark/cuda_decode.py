@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.benchmark import cuda
-from cats_llm.benchmark.decode import read_shares
+from cats_llm.benchmark.decode import prompt_and_profile, read_shares
+from cats_llm.benchmark.metrics import speed
 from cats_llm.benchmark.models import copy_sharing_weights
-from cats_llm.benchmark.rows import speed
-from cats_llm.benchmark.timing import Spread, take_turns
-from cats_llm.calibration.calibrate import calibrate
+from cats_llm.benchmark.timing import Quartiles, interleave
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.integrations.generation import graph_decode
@@ -29,7 +28,7 @@ MODES = {
     "generate, eager": ", eager",
     "one step": ", one step",
 }
-"""Ways to decode, and what the contestants' names have of them.
+"""Ways to decode, and what the candidates' names have of them.
 
 `generate` with ``cache_implementation="static"``, which compiles; the same with our loop `graph_decode`; `generate` as
 it comes; and the compiled model without any of `generate`, whose time is what the loops add to.
@@ -37,7 +36,7 @@ it comes; and the compiled model without any of `generate`, whose time is what t
 
 
 @dataclass(frozen=True)
-class _Contestant:
+class _Candidate:
     """A model in a mode. ``part``: "stock", "all" that we do, or only the "MLP"s; ``k`` is None for stock."""
 
     mode: str
@@ -49,6 +48,15 @@ class _Contestant:
         """What tables call it."""
         what = "stock" if self.k is None else f"k = {self.k}" + ", MLP only" * (self.part == "MLP")
         return what + MODES[self.mode]
+
+    @property
+    def references(self) -> dict[str, str]:
+        """What it is compared with, by the name of the row's entry."""
+        part = "all" if self.k is None else self.part
+        return {
+            "speedup_over_stock": _Candidate(self.mode, "stock", None).name,
+            "speedup_over_own_dense": _Candidate(self.mode, part, 0.0).name,
+        }
 
 
 @torch.no_grad()
@@ -73,22 +81,19 @@ def bench_cuda_decode(
         profile: thresholds come from it; without one, from random tokens.
         batch: sequences at a time.
         tokens: generated in each turn, at least 3.
-        rounds: turns of each contestant.
+        rounds: turns of each candidate.
         modes: some of `MODES`.
         retune: let each sparsity choose its own kernels. It costs a compilation each; otherwise all take those of the
             first sparsity above 0, and only the thresholds differ.
         announce: is told what begins.
 
     Returns:
-        ``rows``, one for each contestant; ``kernels``, seconds a step of each GPU kernel in the bare step of stock and
+        ``rows``, one for each candidate; ``kernels``, seconds a step of each GPU kernel in the bare step of stock and
         of ours; ``tuned_for``, the sparsity whose kernels all take, or None.
     """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(vocabulary, (batch, _PROMPT), generator=generator).to(model.device)
     if profile is None:
         announce("calibrating on random tokens")
-        profile = calibrate(model, [torch.randint(vocabulary, (1, 64), generator=generator) for _ in range(4)])
+    prompt, profile = prompt_and_profile(model, batch, _PROMPT, profile)
     ks = list(dict.fromkeys([0.0, *sparsities]))
     configs = {k: profile.config(k) for k in ks}
     typical = next((k for k in ks if k > 0), 0.0)
@@ -98,26 +103,26 @@ def bench_cuda_decode(
     if "one step" in modes:
         steps = {m: _Step(m, prompt, tokens) for m in (model, *(models["all", k] for k in ks))}
 
-    def runner(contestant: _Contestant) -> Callable[[int], float]:
-        k = contestant.k
-        used = model if k is None else models[contestant.part, k]
+    def runner(candidate: _Candidate) -> Callable[[int], float]:
+        k = candidate.k
+        used = model if k is None else models[candidate.part, k]
 
         def run(turn: int) -> float:
-            if turn < len(contestants):
-                announce(f"preparing {contestant.name}")  # this is where it is compiled
+            if turn < len(candidates):
+                announce(f"preparing {candidate.name}")  # this is where it is compiled
             if k is not None:
                 set_thresholds(used, configs[k].thresholds, configs[k].vectors)
-            if contestant.mode == "one step":
+            if candidate.mode == "one step":
                 return steps[used].seconds()
-            return _seconds_a_token(used, prompt, tokens, contestant.mode)
+            return _seconds_a_token(used, prompt, tokens, candidate.mode)
 
         return run
 
-    contestants = {c.name: c for c in _contestants(ks, typical, modes)}
+    candidates = {c.name: c for c in _candidates(ks, typical, modes)}
     # one code object serves all these models; none may get a form that is more general than it would be alone
     alone = {"recompile_limit": 64, "automatic_dynamic_shapes": False, "specialize_float": True}
     with torch._dynamo.config.patch(alone):
-        seconds = take_turns({name: runner(c) for name, c in contestants.items()}, rounds)
+        seconds = interleave({name: runner(c) for name, c in candidates.items()}, rounds)
         kernels = {}
         if steps:
             announce("listing the kernels of a step")
@@ -126,28 +131,22 @@ def bench_cuda_decode(
                 set_thresholds(models["all", k], configs[k].thresholds, configs[k].vectors)
                 kernels[f"k = {k}"] = steps[models["all", k]].kernels()
     rows = []
-    for name, contestant in contestants.items():
-        share = {} if contestant.k is None else shares[contestant.k]
-        vectors = None if contestant.k is None else configs[contestant.k].vectors
+    for name, candidate in candidates.items():
+        share = {} if candidate.k is None else shares[candidate.k]
+        vectors = None if candidate.k is None else configs[candidate.k].vectors
         moved = bytes_per_token(model, {layer: 1 - value for layer, value in share.items()}, vectors)
-        references = {
-            "speedup_over_stock": _Contestant(contestant.mode, "stock", None).name,
-            "speedup_over_own_dense": _Contestant(contestant.mode, contestant.part, 0.0).name,
-        }
-        if contestant.k is None:
-            references["speedup_over_own_dense"] = _Contestant(contestant.mode, "all", 0.0).name
-        row = speed(seconds, name, moved.sparse, moved.dense, references, "ms_per_step")
+        row = speed(seconds, name, moved.sparse, moved.dense, candidate.references, "ms_per_step")
         rows.append(
             {
                 "contestant": name,
                 "device": cuda.name(model.device),
-                "mode": contestant.mode,
-                "part": contestant.part,
+                "mode": candidate.mode,
+                "part": candidate.part,
                 "batch": batch,
                 "rounds": rounds,
                 "tokens": tokens,
                 "sparsity_decoded": 1 - sum(share.values()) / len(share) if share else None,
-                "tokens_per_second": batch / Spread.of(seconds[name]).median,
+                "tokens_per_second": batch / Quartiles.of(seconds[name]).median,
                 **row,
                 "floor_ms": 1e3 * moved.sparse / copy_bandwidth,
                 "share_of_copy_bandwidth": 1e9 * row["gb_per_s"] / copy_bandwidth,
@@ -156,15 +155,15 @@ def bench_cuda_decode(
     return {"rows": rows, "kernels": kernels, "tuned_for": None if retune else typical}
 
 
-def _contestants(ks: list[float], typical: float, modes: tuple[str, ...]) -> list[_Contestant]:
-    found = []
+def _candidates(ks: list[float], typical: float, modes: tuple[str, ...]) -> list[_Candidate]:
+    candidates = []
     for mode in modes:
-        found.append(_Contestant(mode, "stock", None))
+        candidates.append(_Candidate(mode, "stock", None))
         # eager decoding waits for Python: one sparsity says it all
-        found += [_Contestant(mode, "all", k) for k in ks if mode != "generate, eager" or k in (0.0, typical)]
+        candidates += [_Candidate(mode, "all", k) for k in ks if mode != "generate, eager" or k in (0.0, typical)]
         if mode == "generate, compiled":
-            found += [_Contestant(mode, "MLP", k) for k in ks]
-    return found
+            candidates += [_Candidate(mode, "MLP", k) for k in ks]
+    return candidates
 
 
 def _sparse_copies(
@@ -212,7 +211,7 @@ def _seconds_a_token(model: Any, prompt: Tensor, tokens: int, mode: str) -> floa
 
 
 def _median(marks: list[Any]) -> float:
-    return Spread.of(cuda.elapsed(a, b) for a, b in itertools.pairwise(marks)).median
+    return Quartiles.of(cuda.elapsed(a, b) for a, b in itertools.pairwise(marks)).median
 
 
 class _Step:

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from cats_llm.benchmark import cuda
-from cats_llm.benchmark.mlp import cuts
-from cats_llm.benchmark.models import MLPs, copy_sharing_weights
-from cats_llm.benchmark.rows import speed
+from cats_llm.benchmark.metrics import speed
+from cats_llm.benchmark.models import MLPs, copy_sharing_weights, thresholds_for
 from cats_llm.benchmark.shapes import Shape
-from cats_llm.benchmark.timing import take_turns
+from cats_llm.benchmark.timing import interleave
 from cats_llm.checkpoint.config import CatsConfig
+from cats_llm.dtypes import dtype_name
 from cats_llm.kernels.backend import MAX_DECODE_TOKENS, Request
 from cats_llm.kernels.backends import backend_of
 from cats_llm.model.sparsify import sparse_mlps, sparsify
@@ -35,7 +35,7 @@ def bench_cuda_mlp(
 ) -> list[dict[str, Any]]:
     """Time the MLP of a shape: `MLPs` after `sparsify`, so with the kernels that a model would take.
 
-    Weights rotate over eight layers inside one CUDA graph; contestants named "eager" are launched by Python instead.
+    Weights rotate over eight layers inside one CUDA graph; candidates named "eager" are launched by Python instead.
 
     Args:
         sparsities: share of neurons to skip for each token.
@@ -43,27 +43,27 @@ def bench_cuda_mlp(
         tokens: rows of the input; with more than `MAX_DECODE_TOKENS` it is prefill.
 
     Returns:
-        A row for each contestant. Bytes are those of the weights: of gate_proj all, of the others what the tokens'
+        A row for each candidate. Bytes are those of the weights: of gate_proj all, of the others what the tokens'
         masks together keep, or all where the model computes dense products.
     """
     torch.manual_seed(0)
     dense = MLPs(shape, _LAYERS, dtype, device)
     x = torch.randn(tokens, shape.hidden_size, device=device).to(dtype)
-    found = [cuts(mlp.gate_linear(x), sparsities) for mlp in find_gated_mlps(dense)]
+    by_layer = [thresholds_for(mlp.gate_linear(x), sparsities) for mlp in find_gated_mlps(dense)]
     model: nn.Module = copy_sharing_weights(dense, but_down=True)
     sparse: dict[str, nn.Module] = {}
     for i, k in enumerate(sparsities):
-        thresholds = {layer: float(cut[0][i]) for layer, cut in enumerate(found)}
+        thresholds = {layer: float(layer_thresholds[i]) for layer, (layer_thresholds, _) in enumerate(by_layer)}
         config = CatsConfig(thresholds, sparsity=k, layer_sparsity=dict.fromkeys(thresholds, k))
         model = sparsify(copy_sharing_weights(model), config)
         sparse[f"k = {k}"] = model
-    contestants = {
+    candidates = {
         "torch dense": cuda.replayed(lambda: dense(x), _LAYERS),
         "torch dense, eager": cuda.eager(lambda: dense(x), _LAYERS),
     }
-    contestants |= {name: cuda.replayed(_call(model, x), _LAYERS) for name, model in sparse.items()}
-    contestants |= {f"{name}, eager": cuda.eager(_call(model, x), _LAYERS) for name, model in sparse.items()}
-    seconds = take_turns(contestants, rounds)
+    candidates |= {name: cuda.replayed(_call(model, x), _LAYERS) for name, model in sparse.items()}
+    candidates |= {f"{name}, eager": cuda.eager(_call(model, x), _LAYERS) for name, model in sparse.items()}
+    seconds = interleave(candidates, rounds)
     matrix = shape.hidden_size * shape.intermediate_size * dtype.itemsize
     rows = []
     for name in seconds:
@@ -73,7 +73,7 @@ def bench_cuda_mlp(
             i = list(sparse).index(base)
             kernel = kernel_of(sparse[base], tokens, sparsities[i])
             if kernel != DENSE:
-                share = sum(cut[1][i] for cut in found) / len(found)
+                share = sum(shares[i] for _, shares in by_layer) / len(by_layer)
         references = {
             "speedup_over_torch": "torch dense",
             "speedup_over_torch_eager": "torch dense, eager",
@@ -85,7 +85,7 @@ def bench_cuda_mlp(
                 "contestant": name,
                 "device": cuda.name(device),
                 "shape": shape.name,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
                 "tokens": tokens,
                 "rounds": rounds,
                 "kernel": kernel,

@@ -1,195 +1,27 @@
-"""Whole-token decode through `generate`: stock transformers, our dense path, and CATS, on the same weights."""
+"""What the benchmarks of whole tokens share, on every device."""
 
-import itertools
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cats_llm.benchmark.models import copy_sharing_weights
-from cats_llm.benchmark.rows import speed
-from cats_llm.benchmark.timing import Spread, take_turns
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.kernels.definition import gate_activation, keep_mask
-from cats_llm.kernels.operators import read_checksum
 from cats_llm.model.sparse_mlp import SparseMLP
-from cats_llm.model.sparsify import densify, set_thresholds, sparsify
+from cats_llm.model.sparsify import set_thresholds
 from cats_llm.model.structure import GatedMLP, find_gated_mlps, observe_gates
-from cats_llm.model.weight_traffic import bytes_per_token
-
-_PROMPT = 16
 
 
-@torch.inference_mode()
-def bench_decode(
-    model: Any,
-    sparsities: list[float],
-    profile: Profile | None = None,
-    batch: int = 1,
-    tokens: int = 16,
-    rounds: int = 7,
-) -> dict[str, Any]:
-    """Time `model.generate` on random prompts with the current number of threads. The model is left dense.
-
-    Args:
-        model: dense, on a CPU.
-        sparsities: gate sparsities to try beside stock transformers and our own dense path.
-        profile: thresholds come from it; without one, from random tokens.
-        batch: sequences at a time.
-        tokens: generated in each turn.
-        rounds: turns of each contestant.
-
-    Returns:
-        ``rows``, one for each contestant, and ``breakdown``, where the time of a token goes.
-    """
+def prompt_and_profile(model: Any, batch: int, length: int, profile: Profile | None) -> tuple[Tensor, Profile]:
+    """Prompts of random tokens, (batch, length), and without a profile one of other random tokens."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(vocabulary, (batch, _PROMPT), generator=generator)
+    prompt = torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
     if profile is None:
         profile = calibrate(model, [torch.randint(vocabulary, (1, 64), generator=generator) for _ in range(4)])
-    stock = densify(copy_sharing_weights(model, but_down=True))
-    configs = {f"k = {k}": profile.config(k) for k in dict.fromkeys([0.0, *sparsities])}
-    sparsify(model, next(iter(configs.values())))
-    try:
-
-        def ours(name: str) -> Callable[[int], float]:
-            def run(turn: int) -> float:
-                set_thresholds(model, configs[name].thresholds, configs[name].vectors)
-                return _seconds_a_token(model, prompt, tokens)
-
-            return run
-
-        contestants: dict[str, Callable[[int], float]] = {"stock transformers": _stock_runner(stock, prompt, tokens)}
-        contestants |= {name: ours(name) for name in configs}
-        seconds = take_turns(contestants, rounds)
-        read = _read_bandwidth(model)
-        breakdown = {"stock transformers": _breakdown(stock, prompt, tokens)}
-        for name, config in configs.items():
-            set_thresholds(model, config.thresholds, config.vectors)
-            breakdown[name] = _breakdown(model, prompt, tokens)
-        references = {"speedup_over_stock": "stock transformers", "speedup_over_own_dense": "k = 0.0"}
-        rows = []
-        for name, times in seconds.items():
-            used = configs.get(name)
-            shares = {} if used is None else read_shares(model, used, prompt, tokens)
-            vectors = None if used is None else used.vectors
-            moved = bytes_per_token(model, {layer: 1 - share for layer, share in shares.items()}, vectors).sparse
-            rows.append(
-                {
-                    "contestant": name,
-                    "batch": batch,
-                    "threads": torch.get_num_threads(),
-                    "rounds": rounds,
-                    "tokens": tokens,
-                    "sparsity_decoded": 1 - sum(shares.values()) / len(shares) if shares else None,
-                    "tokens_per_second": batch / Spread.of(times).median,
-                    "share_of_read_bandwidth": moved / Spread.of(times).median / read,
-                    **speed(seconds, name, moved, bytes_per_token(model, {}).dense, references, "ms_per_step"),
-                }
-            )
-        return {"rows": rows, "breakdown": breakdown, "read_gb_per_s": read / 1e9}
-    finally:
-        densify(model)
-
-
-def _stock_runner(model: nn.Module, prompt: Tensor, tokens: int) -> Callable[[int], float]:
-    return lambda turn: _seconds_a_token(model, prompt, tokens)
-
-
-class _Clock:
-    """Notes when `generate` hands out tokens."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: object) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def _seconds_a_token(model: Any, prompt: Tensor, tokens: int) -> float:
-    """Median seconds between two tokens, without the prefill."""
-    times = _generate(model, prompt, tokens)
-    return Spread.of(b - a for a, b in itertools.pairwise(times)).median
-
-
-def _generate(model: Any, prompt: Tensor, tokens: int) -> list[float]:
-    if len(prompt) == 1:
-        clock = _Clock()
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
-        return clock.times[1:]  # the first is the prompt
-    # a streamer takes one sequence only, so steps of a batch are timed at the model itself
-    times: list[float] = []
-    hook = model.register_forward_hook(lambda *_: times.append(time.perf_counter()))
-    try:
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    finally:
-        hook.remove()
-    return times
-
-
-@contextmanager
-def _stopwatches(model: Any) -> Iterator[dict[str, float]]:
-    """Add up the seconds spent in MLPs and in the other linear layers."""
-    spent = {"mlp": 0.0, "other linear layers": 0.0}
-    starts: dict[nn.Module, float] = {}
-    watched: dict[nn.Module, str] = {mlp.module: "mlp" for mlp in find_gated_mlps(model)}
-    inside = {child for mlp in watched for child in mlp.modules()}
-    watched |= {m: "other linear layers" for m in model.modules() if isinstance(m, nn.Linear) and m not in inside}
-
-    def begin(module: nn.Module, _inputs: Any) -> None:
-        starts[module] = time.perf_counter()
-
-    def end(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        spent[watched[module]] += time.perf_counter() - starts[module]
-
-    hooks = [m.register_forward_pre_hook(begin) for m in watched] + [m.register_forward_hook(end) for m in watched]
-    try:
-        yield spent
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _breakdown(model: Any, prompt: Tensor, tokens: int) -> dict[str, float]:
-    """Milliseconds a decode step by part. Attention, norms, cache, sampling and Python are the rest."""
-    steps: list[dict[str, float]] = []
-    with _stopwatches(model) as spent:
-        last = dict(spent)
-        begun = time.perf_counter()
-
-        def step(*_: Any) -> None:
-            nonlocal last, begun
-            now = time.perf_counter()
-            parts = {name: spent[name] - last[name] for name in spent}
-            steps.append(parts | {"rest": now - begun - sum(parts.values())})
-            last, begun = dict(spent), now
-
-        hook = model.register_forward_hook(step)
-        try:
-            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        finally:
-            hook.remove()
-    return {name: 1e3 * Spread.of(parts[name] for parts in steps[1:]).median for name in steps[0]}
-
-
-def _read_bandwidth(model: nn.Module) -> float:
-    """Bytes a second that a plain read of the MLPs' weights reaches with the current threads."""
-    weights = [w for mlp in find_gated_mlps(model) for w in (mlp.gate_linear.weight, mlp.down_linear.weight.t())]
-    rates = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for weight in weights:
-            read_checksum(weight)
-        rates.append(sum(w.numel() * w.element_size() for w in weights) / (time.perf_counter() - start))
-    return Spread.of(rates).median
+    return prompt, profile
 
 
 def read_shares(model: Any, config: CatsConfig, prompt: Tensor, tokens: int) -> dict[int, float]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.benchmark.shapes import Shape
+from cats_llm.kernels.definition import ACTIVATIONS, gate_activation
 from cats_llm.model.structure import find_gated_mlps
 
 
@@ -65,10 +66,21 @@ class MLPs(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
+def thresholds_for(gate: Tensor, sparsities: list[float]) -> tuple[list[Tensor], list[float]]:
+    """For each gate sparsity the threshold that reaches it on these gates, (n, f), and the share of neurons read.
+
+    With several tokens a neuron is read if any of them keeps it.
+    """
+    a = gate_activation(gate, ACTIVATIONS["silu"]).abs().float()
+    values = a.flatten().sort().values
+    thresholds = [values[round(k * len(values))] if k else values.new_zeros(()) for k in sparsities]
+    return thresholds, [float((a >= t).any(0).float().mean()) for t in thresholds]
+
+
 def copy_sharing_weights(model: nn.Module, but_down: bool = False) -> nn.Module:
     """A copy that shares the parameters, or all but those of down_proj, which dense and sparse lay out differently."""
-    own = {id(mlp.down_linear.weight) for mlp in find_gated_mlps(model)} if but_down else set()
-    memo = {id(p): p for p in model.parameters() if id(p) not in own}
+    copied_ones = {id(mlp.down_linear.weight) for mlp in find_gated_mlps(model)} if but_down else set()
+    memo = {id(p): p for p in model.parameters() if id(p) not in copied_ones}
     copied = copy.deepcopy(model, memo)
     for compiled in ("_compiled_call", "_cats_compiled_step"):  # compiled forms are the original's
         vars(copied).pop(compiled, None)

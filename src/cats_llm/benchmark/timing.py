@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a noisy machine: contestants take turns, and ratios are taken round by round."""
+"""Timing that can be trusted on a noisy machine: candidates take turns, and ratios are taken round by round."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Spread:
+class Quartiles:
     """Median and quartiles of repeated measurements."""
 
     median: float
@@ -15,26 +15,26 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
+    def of(cls, values: Iterable[float]) -> "Quartiles":
         """Of at least one value."""
         values = list(values)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(median, low, high)
 
 
-def take_turns(contestants: Mapping[str, Callable[[int], float | None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after one round that warms up.
+def interleave(candidates: Mapping[str, Callable[[int], float | None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one round that warms up.
 
-    A contestant is called with the number of its turn, counted over all contestants, so that it can rotate its weights.
-    It returns the seconds if it measures them itself, else None. Every other round goes through the contestants
+    A candidate is called with the number of its turn, counted over all candidates, so that it can rotate its weights.
+    It returns the seconds if it measures them itself, else None. Every other round goes through the candidates
     backwards, so that none always follows the same one.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     turn = 0
     for number in range(rounds + 1):
-        for name in list(contestants) if number % 2 else reversed(list(contestants)):
+        for name in list(candidates) if number % 2 else reversed(list(candidates)):
             start = time.perf_counter()
-            measured = contestants[name](turn)
+            measured = candidates[name](turn)
             elapsed = time.perf_counter() - start
             turn += 1
             if number:
@@ -42,6 +42,6 @@ def take_turns(contestants: Mapping[str, Callable[[int], float | None]], rounds:
     return seconds
 
 
-def ratio(numerator: list[float], denominator: list[float]) -> Spread:
+def ratio(numerator: list[float], denominator: list[float]) -> Quartiles:
     """The quotient, round by round."""
-    return Spread.of(a / b for a, b in zip(numerator, denominator, strict=True))
+    return Quartiles.of(a / b for a, b in zip(numerator, denominator, strict=True))

@@ -8,8 +8,8 @@ import typer
 
 from cats_llm import loading
 from cats_llm.checkpoint import config as checkpoint_config
+from cats_llm.dtypes import DTYPE_NAMES
 from cats_llm.errors import CatsError
-from cats_llm.loading import DTYPES
 from cats_llm.options import Panel, option
 from cats_llm.outputs import check_output, write_json
 
@@ -23,8 +23,8 @@ def parse_sparsity(text: str) -> float:
 
 
 def _dtype(text: str) -> str:
-    if text not in DTYPES:
-        raise typer.BadParameter(f"{text!r} is none of {', '.join(DTYPES)}.")
+    if text not in DTYPE_NAMES:
+        raise typer.BadParameter(f"{text!r} is none of {', '.join(DTYPE_NAMES)}.")
     return text
 
 
@@ -73,7 +73,7 @@ Device = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")
+    str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own.")
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.", show_default=False)

@@ -6,9 +6,9 @@ from typing import Any
 
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.config import parse_sparsity
+from cats_llm.dtypes import DTYPE_NAMES, DTYPES
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.task import TaskOptions
-from cats_llm.loading import DTYPES
 from cats_llm.options import option
 from cats_llm.text import RowFormat
 from cats_llm.training.classification_data import TASKS
@@ -89,7 +89,7 @@ class BenchPlan:
 
     kind: str = option(choices=("mlp", "decode"), expected="mlp or decode", help="What is timed.")
     sparsities: tuple[float, ...] = option(**_SPARSITIES)
-    dtype: str = option("float32", choices=DTYPES[1:], help="Of the weights.")
+    dtype: str = option("float32", choices=tuple(DTYPES), help="Of the weights.")
     shape: str | None = option(None, help="Of the MLP, as cats bench knows it.")
     batch: int = option(1, minimum=1, help="Tokens computed at a time.")
     tokens: tuple[int, ...] = option(
@@ -228,7 +228,7 @@ class Recipe:
         None, help="Of all runs; None where the plan needs none.", expected="a folder or a name on the hub"
     )
     revision: str | None = option(None, help="Of a model on the hub.", expected="a branch, tag or commit")
-    dtype: str = option("auto", choices=DTYPES, help="Of the model; auto is the checkpoint's own.")
+    dtype: str = option("auto", choices=DTYPE_NAMES, help="Of the model; auto is the checkpoint's own.")
     source: str | None = option(None, help="Who published the numbers that do not say it themselves.")
     calibration: CalibrationSection | None = None
     expected: tuple[Expected, ...] = ()

@@ -7,13 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from cats_llm import bundled
 from cats_llm.benchmark import machine
-from cats_llm.benchmark.decode import bench_decode
-from cats_llm.benchmark.mlp import bench_mlp
-from cats_llm.benchmark.shapes import parse_shape
+from cats_llm.benchmark.bench import DecodeBench, MLPBench, bench_decode, bench_mlp
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
@@ -271,17 +267,18 @@ class _Run:
 
     def _bench_mlp(self, plan: BenchPlan) -> dict[str, Any]:
         smoke = self.config.smoke
-        shape = parse_shape("64,96" if smoke else str(plan.shape))
-        dtype: torch.dtype = getattr(torch, plan.dtype)
-        rows = bench_mlp(shape, dtype, list(plan.sparsities), plan.batch, plan.rounds, working_set=0 if smoke else None)
-        return {"benchmark": "mlp", "machine": machine.facts(), "rows": rows}
+        shape = "64,96" if smoke else str(plan.shape)
+        config = MLPBench(plan.dtype, plan.sparsities, (plan.batch,), shape=shape, rounds=plan.rounds)
+        return bench_mlp(config, working_set=0 if smoke else None).record
 
     def _bench_decode(self, plan: BenchPlan) -> dict[str, Any]:
         model, _, profile = self._calibrated(replace(self._source(), device="cpu", dtype=plan.dtype))
         rows: list[dict[str, Any]] = []
         for tokens in plan.lengths:
-            timed = bench_decode(model, list(plan.sparsities), profile, plan.batch, tokens, plan.rounds)["rows"]
-            rows += [row | {"model": self.recipe.model, "dtype": plan.dtype} for row in timed]
+            config = DecodeBench(
+                plan.dtype, plan.sparsities, (plan.batch,), model=self.recipe.model, tokens=tokens, rounds=plan.rounds
+            )
+            rows += bench_decode(config, model=model, profile=profile).record["rows"]
         return {"benchmark": "decode", "machine": machine.facts(), "rows": rows}
 
 

@@ -1,4 +1,4 @@
-"""One MLP at decode: our kernel at several sparsities, PyTorch's dense MLP, and a plain read of the same bytes."""
+"""One MLP at decode on a CPU: our kernel at several sparsities, PyTorch's dense MLP, a plain read of the same bytes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cats_llm.benchmark.rows import speed
+from cats_llm.benchmark.metrics import speed
+from cats_llm.benchmark.models import thresholds_for
 from cats_llm.benchmark.shapes import Shape
-from cats_llm.benchmark.timing import ratio, take_turns
+from cats_llm.benchmark.timing import interleave, ratio
+from cats_llm.dtypes import dtype_name
 from cats_llm.kernels import cpu, definition
 from cats_llm.kernels.backend import Request
-from cats_llm.kernels.definition import ACTIVATIONS, gate_activation
 from cats_llm.kernels.operators import gated_mlp, read_checksum
 
 # weights that are rotated must be far larger than any cache
@@ -27,22 +28,11 @@ class _Layer:
         self.gate, self.up = (torch.empty(f, d, dtype=dtype).normal_(std=d**-0.5) for _ in range(2))
         self.dense_down = torch.empty(d, f, dtype=dtype).normal_(std=f**-0.5)
         self.down = cpu.BACKEND.neuron_major(self.dense_down)
-        self.thresholds, self.read_shares = cuts(F.linear(x, self.gate), sparsities)
-
-
-def cuts(gate: Tensor, sparsities: list[float]) -> tuple[list[Tensor], list[float]]:
-    """For each gate sparsity the threshold that reaches it on these gates, (n, f), and the share of neurons read.
-
-    With several tokens a neuron is read if any of them keeps it.
-    """
-    a = gate_activation(gate, ACTIVATIONS["silu"]).abs().float()
-    values = a.flatten().sort().values
-    thresholds = [values[round(k * len(values))] if k else values.new_zeros(()) for k in sparsities]
-    return thresholds, [float((a >= t).any(0).float().mean()) for t in thresholds]
+        self.thresholds, self.read_shares = thresholds_for(F.linear(x, self.gate), sparsities)
 
 
 @torch.inference_mode()
-def bench_mlp(
+def bench_cpu_mlp(
     shape: Shape,
     dtype: torch.dtype,
     sparsities: list[float],
@@ -57,11 +47,11 @@ def bench_mlp(
         dtype: of weights and input.
         sparsities: gate sparsities of our kernel.
         tokens: at a time.
-        rounds: turns of each contestant.
+        rounds: turns of each candidate.
         working_set: bytes of weights that are rotated, at least; by default far more than any cache holds.
 
     Returns:
-        A row for each contestant: milliseconds, bytes, GB/s, share of the read bandwidth of the same rounds, speed-up
+        A row for each candidate: milliseconds, bytes, GB/s, share of the read bandwidth of the same rounds, speed-up
         over PyTorch's dense MLP and over our own kernel at sparsity 0, and the speed-up that the bytes allow.
     """
     torch.manual_seed(0)
@@ -90,8 +80,8 @@ def bench_mlp(
     served = cpu.BACKEND.supports(Request(tokens, first.gate, first.up, first.down, "silu"))
     ours = gated_mlp if served else definition.gated_mlp
     names = [f"k = {k}" for k in sparsities]
-    contestants = {"read": read, "torch dense": dense} | {name: sparse(i) for i, name in enumerate(names)}
-    seconds = take_turns(contestants, rounds)
+    candidates = {"read": read, "torch dense": dense} | {name: sparse(i) for i, name in enumerate(names)}
+    seconds = interleave(candidates, rounds)
     references = {"speedup_over_torch": "torch dense", "speedup_over_own_dense": "k = 0.0"}
     rows = []
     for name, times in seconds.items():
@@ -104,7 +94,7 @@ def bench_mlp(
             {
                 "contestant": name,
                 "shape": shape.name,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
                 "tokens": tokens,
                 "threads": torch.get_num_threads(),
                 "rounds": rounds,
