@@ -20,17 +20,20 @@ from typing import Any
 import torch
 
 from cats_llm.benchmark import cuda, machine
+from cats_llm.benchmark.config import DecodeBench, MLPBench
 from cats_llm.benchmark.cuda_check import check_mlp
 from cats_llm.benchmark.cuda_decode import MODES, bench_cuda_decode
 from cats_llm.benchmark.cuda_mlp import bench_cuda_mlp
 from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.shapes import SHAPES, Shape
 from cats_llm.benchmark.tables import CUDA_DECODE, CUDA_MLP, as_text, table
+from cats_llm.dtypes import dtype_name
 from cats_llm.outputs import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("check", "mlp", "prefill", "decode", "tests")
 KS = [0.0, 0.5, 0.7, 0.9]
+DEVICE = "cuda"
 
 
 class Run:
@@ -135,7 +138,9 @@ def mlp(run: Run) -> None:
     """One MLP at decode."""
     rows: list[dict[str, Any]] = []
     for shape, dtype, tokens in mlp_cases(run):
-        rows += bench_cuda_mlp(shape, dtype, KS, run.results["bandwidth"]["copy"], tokens, 20 if run.args.quick else 40)
+        rounds = 20 if run.args.quick else 40
+        config = MLPBench(dtype_name(dtype), tuple(KS), device=DEVICE, shape=shape.name, rounds=rounds)
+        rows += bench_cuda_mlp(config, run.results["bandwidth"]["copy"], tokens)
         run.save(mlp=rows, same_mlp=shapes_once()[1])
 
 
@@ -144,7 +149,8 @@ def prefill(run: Run) -> None:
     rows: list[dict[str, Any]] = []
     for shape in shapes_once()[0][: 1 if run.args.quick else None]:
         for tokens in (512, 2048):
-            rows += bench_cuda_mlp(shape, torch.bfloat16, [0.5], run.results["bandwidth"]["copy"], tokens, 20)
+            config = MLPBench("bfloat16", (0.5,), device=DEVICE, shape=shape.name, rounds=20)
+            rows += bench_cuda_mlp(config, run.results["bandwidth"]["copy"], tokens)
             run.save(prefill=rows)
 
 
@@ -152,7 +158,8 @@ def decode(run: Run) -> None:
     """A Mistral-shaped model with random weights, one way to decode after the other."""
     args = run.args
     model = random_model(SHAPES["mistral-7b"], args.layers, torch.bfloat16, "cuda")
-    ks, tokens, rounds = ([0.5], 32, 2) if args.quick else ([0.5, 0.7, 0.9], 64, 3)
+    ks, tokens, rounds = ((0.5,), 32, 2) if args.quick else ((0.5, 0.7, 0.9), 64, 3)
+    config = DecodeBench("bfloat16", ks, device=DEVICE, shape="mistral-7b", tokens=tokens, rounds=rounds)
     rows: list[dict[str, Any]] = []
     kernels: dict[str, Any] = {}
     longest = 0.0
@@ -164,11 +171,9 @@ def decode(run: Run) -> None:
             continue
         begun = run.seconds()
         result = bench_cuda_decode(
+            config,
             model,
-            ks,
             run.results["bandwidth"]["copy"],
-            tokens=tokens,
-            rounds=rounds,
             modes=(mode,),
             retune=args.retune,
             announce=run.say,

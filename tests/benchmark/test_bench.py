@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import cats_llm
-from cats_llm.benchmark.bench import DecodeBench, MLPBench, bench_decode, bench_mlp
+from cats_llm.benchmark.bench import bench_decode, bench_mlp
+from cats_llm.benchmark.config import DecodeBench, MLPBench
 from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.shapes import SHAPES, Shape, parse_shape
 from cats_llm.benchmark.timing import Quartiles, interleave, ratio

@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from cats_llm.benchmark import cuda, cuda_check
+from cats_llm.benchmark.config import DecodeBench, MLPBench
 from cats_llm.benchmark.cuda_check import check_mlp
 from cats_llm.benchmark.cuda_decode import MODES, bench_cuda_decode
 from cats_llm.benchmark.cuda_mlp import DENSE, bench_cuda_mlp
@@ -30,7 +31,7 @@ from cats_llm.report.bench_figures import latency, throughput, write_figure
 from marks import needs_kernels
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-TINY = Shape("tiny", 64, 96, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=128)
+TINY = Shape("64,96", 64, 96, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=128)
 TORCH_COMPILE = torch.compile
 BOUND = "#c2410c"
 COPY = 1e9  # bytes a second
@@ -83,7 +84,7 @@ def test_a_replay_hides_the_launch_of_the_one_that_counts(monkeypatch):
 @needs_kernels
 @pytest.mark.usefixtures("clock")
 def test_mlp_rows():
-    rows = bench_cuda_mlp(Shape("t", 64, 1000), torch.bfloat16, [0.0, 0.5, 0.9], COPY, rounds=2, device="cpu")
+    rows = bench_cuda_mlp(MLPBench(shape="64,1000", sparsities=(0.0, 0.5, 0.9), rounds=2), COPY)
     names = ["torch dense", "torch dense, eager", "k = 0.0", "k = 0.5", "k = 0.9"]
     assert [row["contestant"] for row in rows] == [*names, "k = 0.0, eager", "k = 0.5, eager", "k = 0.9, eager"]
     matrix = 64 * 1000 * 2
@@ -99,7 +100,7 @@ def test_mlp_rows():
 
 @pytest.mark.usefixtures("clock")
 def test_prefill_is_dense_and_reads_all_weights():
-    rows = bench_cuda_mlp(TINY, torch.float32, [0.5], COPY, tokens=17, rounds=1, device="cpu")
+    rows = bench_cuda_mlp(MLPBench("float32", (0.5,), shape=TINY.name, rounds=1), COPY, tokens=17)
     assert {row["kernel"] for row in rows[2:]} == {DENSE}
     assert {row["bytes"] for row in rows} == {3 * 64 * 96 * 4}
     assert rows[2]["speedup_over_own_dense"] is None
@@ -111,7 +112,8 @@ def test_decode_rows(retune):
     model = random_model(TINY, 2, torch.float32)
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     said = []
-    result = bench_cuda_decode(model, [0.5, 0.9], COPY, tokens=5, rounds=1, retune=retune, announce=said.append)
+    config = DecodeBench("float32", (0.5, 0.9), model="tiny", tokens=5, rounds=1)
+    result = bench_cuda_decode(config, model, COPY, retune=retune, announce=said.append)
     rows = {row["contestant"]: row for row in result["rows"]}
     every = [what + of for of in ("", ", graph_decode", ", one step") for what in ("stock", "k = 0.0", "k = 0.9")]
     alone = [f"k = {k}, MLP only" for k in (0.0, 0.5, 0.9)]
@@ -318,8 +320,8 @@ def script(monkeypatch, clock):
     spec.loader.exec_module(module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module.cuda, "bandwidths", lambda device: {"copy": COPY, "read": COPY})
-    monkeypatch.setattr(module, "SHAPES", {"mistral-7b": TINY, "other": Shape("other", 64, 128), "twin": TINY})
-    monkeypatch.setattr(module, "bench_cuda_mlp", functools.partial(bench_cuda_mlp, device="cpu"))
+    monkeypatch.setattr(module, "SHAPES", {"mistral-7b": TINY, "other": Shape("64,128", 64, 128), "twin": TINY})
+    monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "check_mlp", functools.partial(check_mlp, device="cpu"))
     monkeypatch.setattr(module, "random_model", lambda shape, layers, dtype, device: random_model(TINY, layers, dtype))
     return module
@@ -391,6 +393,7 @@ def test_sparsities_share_what_was_compiled(clock, monkeypatch):
     )
     torch.compiler.reset()
     model = random_model(TINY, 2, torch.float32)
-    bench_cuda_decode(model, [0.5, 0.9], COPY, tokens=4, rounds=2, modes=("one step",))
+    config = DecodeBench("float32", (0.5, 0.9), model="tiny", tokens=4, rounds=2)
+    bench_cuda_decode(config, model, COPY, modes=("one step",))
     assert counter.frame_count == 2, "stock and ours"
     torch.compiler.reset()

@@ -7,6 +7,7 @@ import torch
 
 import cats_llm
 from cats_llm import CatsConfig, bundled
+from cats_llm.benchmark.config import DecodeBench
 from cats_llm.benchmark.cpu_decode import bench_cpu_decode
 from cats_llm.benchmark.models import random_model
 from cats_llm.benchmark.shapes import Shape
@@ -165,7 +166,8 @@ def test_bench_decode_runs_and_counts_vectors():
     model = random_model(
         Shape("tiny", 64, 96, layers=2, heads=2, kv_heads=1, head_dim=32, vocab_size=128), 2, torch.float32
     )
-    plain = bench_cpu_decode(model, [0.5], tokens=3, rounds=1)[0][-1]
+    config = DecodeBench("float32", (0.5,), model="tiny", tokens=3, rounds=1)
+    plain = bench_cpu_decode(config, model, None, 1)[0][-1]
 
     class WithVectors:
         """A profile whose configs have vectors."""
@@ -179,7 +181,7 @@ def test_bench_decode_runs_and_counts_vectors():
             vectors = {0: LayerTensors(torch.full((96,), config.thresholds[0]), torch.zeros(64))}
             return CatsConfig(**config.to_dict(), vectors=vectors)
 
-    row = bench_cpu_decode(model, [0.5], WithVectors(model), tokens=3, rounds=1)[0][-1]
+    row = bench_cpu_decode(config, model, WithVectors(model), 1)[0][-1]
     share, other = row["sparsity_decoded"], plain["sparsity_decoded"]
     matrix = 2 * 64 * 96 * 4
     assert row["bytes"] + 2 * matrix * share == pytest.approx(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats_llm.benchmark.config import DecodeBench
 from cats_llm.benchmark.decode import prompt_and_profile, read_shares
 from cats_llm.benchmark.metrics import speed
 from cats_llm.benchmark.models import copy_sharing_weights
@@ -24,29 +25,23 @@ _PROMPT = 16
 
 @torch.inference_mode()
 def bench_cpu_decode(
-    model: Any,
-    sparsities: list[float],
-    profile: Profile | None = None,
-    batch: int = 1,
-    tokens: int = 16,
-    rounds: int = 7,
+    config: DecodeBench, model: Any, profile: Profile | None, batch: int
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Time `model.generate` on random prompts with the current number of threads. The model is left dense.
 
     Args:
+        config: what to measure, but for threads and batches.
         model: dense, on a CPU.
-        sparsities: gate sparsities to try beside stock transformers and our own dense path.
         profile: thresholds come from it; without one, from random tokens.
         batch: sequences at a time.
-        tokens: generated in each turn.
-        rounds: turns of each candidate.
 
     Returns:
         A row for each candidate, and by candidate the milliseconds of each part of a step.
     """
+    tokens = config.tokens or 16
     prompt, profile = prompt_and_profile(model, batch, _PROMPT, profile)
     stock = densify(copy_sharing_weights(model, but_down=True))
-    configs = {f"k = {k}": profile.config(k) for k in dict.fromkeys([0.0, *sparsities])}
+    configs = {f"k = {k}": profile.config(k) for k in dict.fromkeys([0.0, *config.sparsities])}
     sparsify(model, next(iter(configs.values())))
     try:
 
@@ -59,11 +54,11 @@ def bench_cpu_decode(
 
         candidates: dict[str, Callable[[int], float]] = {"stock transformers": _stock_runner(stock, prompt, tokens)}
         candidates |= {name: ours(name) for name in configs}
-        seconds = interleave(candidates, rounds)
+        seconds = interleave(candidates, config.rounds)
         read = _read_bandwidth(model)
         breakdown = {"stock transformers": _breakdown(stock, prompt, tokens)}
-        for name, config in configs.items():
-            set_thresholds(model, config.thresholds, config.vectors)
+        for name, sparse in configs.items():
+            set_thresholds(model, sparse.thresholds, sparse.vectors)
             breakdown[name] = _breakdown(model, prompt, tokens)
         references = {"speedup_over_stock": "stock transformers", "speedup_over_own_dense": "k = 0.0"}
         rows = []
@@ -77,7 +72,7 @@ def bench_cpu_decode(
                     "contestant": name,
                     "batch": batch,
                     "threads": torch.get_num_threads(),
-                    "rounds": rounds,
+                    "rounds": config.rounds,
                     "tokens": tokens,
                     "sparsity_decoded": 1 - sum(shares.values()) / len(shares) if shares else None,
                     "tokens_per_second": batch / Quartiles.of(times).median,

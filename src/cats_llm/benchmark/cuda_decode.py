@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.benchmark import cuda
+from cats_llm.benchmark.config import DecodeBench
 from cats_llm.benchmark.decode import prompt_and_profile, read_shares
 from cats_llm.benchmark.metrics import speed
 from cats_llm.benchmark.models import copy_sharing_weights
@@ -61,13 +62,11 @@ class _Candidate:
 
 @torch.no_grad()
 def bench_cuda_decode(
+    config: DecodeBench,
     model: Any,
-    sparsities: list[float],
     copy_bandwidth: float,
     profile: Profile | None = None,
     batch: int = 1,
-    tokens: int = 128,
-    rounds: int = 5,
     modes: tuple[str, ...] = tuple(MODES),
     retune: bool = False,
     announce: Callable[[str], None] = lambda text: None,
@@ -75,13 +74,11 @@ def bench_cuda_decode(
     """Time decoding on random prompts. The model is left as it is.
 
     Args:
+        config: what to measure, but for batches. Sparsity 0, our own dense path, is always among them.
         model: dense, on a GPU. The sparse copy shares its weights but for down_proj.
-        sparsities: gate sparsities to try; 0, our own dense path, is always among them.
         copy_bandwidth: of the GPU's memory, bytes a second.
         profile: thresholds come from it; without one, from random tokens.
         batch: sequences at a time.
-        tokens: generated in each turn, at least 3.
-        rounds: turns of each candidate.
         modes: some of `MODES`.
         retune: let each sparsity choose its own kernels. It costs a compilation each; otherwise all take those of the
             first sparsity above 0, and only the thresholds differ.
@@ -91,10 +88,11 @@ def bench_cuda_decode(
         ``rows``, one for each candidate; ``kernels``, seconds a step of each GPU kernel in the bare step of stock and
         of ours; ``tuned_for``, the sparsity whose kernels all take, or None.
     """
+    tokens = config.tokens or 128
     if profile is None:
         announce("calibrating on random tokens")
     prompt, profile = prompt_and_profile(model, batch, _PROMPT, profile)
-    ks = list(dict.fromkeys([0.0, *sparsities]))
+    ks = list(dict.fromkeys([0.0, *config.sparsities]))
     configs = {k: profile.config(k) for k in ks}
     typical = next((k for k in ks if k > 0), 0.0)
     models = _sparse_copies(model, configs, None if retune else typical)
@@ -122,7 +120,7 @@ def bench_cuda_decode(
     # one code object serves all these models; none may get a form that is more general than it would be alone
     alone = {"recompile_limit": 64, "automatic_dynamic_shapes": False, "specialize_float": True}
     with torch._dynamo.config.patch(alone):
-        seconds = interleave({name: runner(c) for name, c in candidates.items()}, rounds)
+        seconds = interleave({name: runner(c) for name, c in candidates.items()}, config.rounds)
         kernels = {}
         if steps:
             announce("listing the kernels of a step")
@@ -143,7 +141,7 @@ def bench_cuda_decode(
                 "mode": candidate.mode,
                 "part": candidate.part,
                 "batch": batch,
-                "rounds": rounds,
+                "rounds": config.rounds,
                 "tokens": tokens,
                 "sparsity_decoded": 1 - sum(share.values()) / len(share) if share else None,
                 "tokens_per_second": batch / Quartiles.of(seconds[name]).median,

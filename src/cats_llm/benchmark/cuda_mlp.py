@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from cats_llm.benchmark import cuda
+from cats_llm.benchmark.config import MLPBench
 from cats_llm.benchmark.metrics import speed
 from cats_llm.benchmark.models import MLPs, copy_sharing_weights, thresholds_for
-from cats_llm.benchmark.shapes import Shape
+from cats_llm.benchmark.shapes import parse_shape
 from cats_llm.benchmark.timing import interleave
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.dtypes import dtype_name
@@ -24,21 +25,13 @@ DENSE = "dense products"
 
 
 @torch.no_grad()
-def bench_cuda_mlp(
-    shape: Shape,
-    dtype: torch.dtype,
-    sparsities: list[float],
-    copy_bandwidth: float,
-    tokens: int = 1,
-    rounds: int = 40,
-    device: str = "cuda",
-) -> list[dict[str, Any]]:
+def bench_cuda_mlp(config: MLPBench, copy_bandwidth: float, tokens: int = 1) -> list[dict[str, Any]]:
     """Time the MLP of a shape: `MLPs` after `sparsify`, so with the kernels that a model would take.
 
     Weights rotate over eight layers inside one CUDA graph; candidates named "eager" are launched by Python instead.
 
     Args:
-        sparsities: share of neurons to skip for each token.
+        config: what to measure, but for batches.
         copy_bandwidth: of the GPU's memory, bytes a second.
         tokens: rows of the input; with more than `MAX_DECODE_TOKENS` it is prefill.
 
@@ -46,6 +39,7 @@ def bench_cuda_mlp(
         A row for each candidate. Bytes are those of the weights: of gate_proj all, of the others what the tokens'
         masks together keep, or all where the model computes dense products.
     """
+    shape, dtype, sparsities, device = parse_shape(config.shape), config.torch_dtype, config.sparsities, config.device
     torch.manual_seed(0)
     dense = MLPs(shape, _LAYERS, dtype, device)
     x = torch.randn(tokens, shape.hidden_size, device=device).to(dtype)
@@ -54,8 +48,8 @@ def bench_cuda_mlp(
     sparse: dict[str, nn.Module] = {}
     for i, k in enumerate(sparsities):
         thresholds = {layer: float(layer_thresholds[i]) for layer, (layer_thresholds, _) in enumerate(by_layer)}
-        config = CatsConfig(thresholds, sparsity=k, layer_sparsity=dict.fromkeys(thresholds, k))
-        model = sparsify(copy_sharing_weights(model), config)
+        sparse_config = CatsConfig(thresholds, sparsity=k, layer_sparsity=dict.fromkeys(thresholds, k))
+        model = sparsify(copy_sharing_weights(model), sparse_config)
         sparse[f"k = {k}"] = model
     candidates = {
         "torch dense": cuda.replayed(lambda: dense(x), _LAYERS),
@@ -63,7 +57,7 @@ def bench_cuda_mlp(
     }
     candidates |= {name: cuda.replayed(_call(model, x), _LAYERS) for name, model in sparse.items()}
     candidates |= {f"{name}, eager": cuda.eager(_call(model, x), _LAYERS) for name, model in sparse.items()}
-    seconds = interleave(candidates, rounds)
+    seconds = interleave(candidates, config.rounds)
     matrix = shape.hidden_size * shape.intermediate_size * dtype.itemsize
     rows = []
     for name in seconds:
@@ -87,7 +81,7 @@ def bench_cuda_mlp(
                 "shape": shape.name,
                 "dtype": dtype_name(dtype),
                 "tokens": tokens,
-                "rounds": rounds,
+                "rounds": config.rounds,
                 "kernel": kernel,
                 **row,
                 "share_of_copy_bandwidth": 1e9 * row["gb_per_s"] / copy_bandwidth,

@@ -1,6 +1,7 @@
 """The models that are measured: random ones of a shape, and copies that share weights."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class MLPs(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
-def thresholds_for(gate: Tensor, sparsities: list[float]) -> tuple[list[Tensor], list[float]]:
+def thresholds_for(gate: Tensor, sparsities: Sequence[float]) -> tuple[list[Tensor], list[float]]:
     """For each gate sparsity the threshold that reaches it on these gates, (n, f), and the share of neurons read.
 
     With several tokens a neuron is read if any of them keeps it.

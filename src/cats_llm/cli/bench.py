@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from cats_llm.benchmark.bench import BenchResult, DecodeBench, MLPBench, bench_decode, bench_mlp
+from cats_llm.benchmark.bench import BenchResult, bench_decode, bench_mlp
+from cats_llm.benchmark.config import DecodeBench, MLPBench
 from cats_llm.cli import options
 from cats_llm.cli.output import progress_console, quiet_libraries, show, table, track
 from cats_llm.cli.signature import with_options
-from cats_llm.outputs import check_output, write_json
 
 Figure = Annotated[Path | None, typer.Option(help="Draw the results into this .svg or .png file.", show_default=False)]
 
@@ -23,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="bench")
 
 
-def mlp(config: MLPBench, json: options.JsonFile = None, figure: Figure = None, force: options.Force = False) -> None:
+def mlp(config: MLPBench, results: options.Results, figure: Figure = None) -> None:
     """Time one MLP at decode with random weights: our kernel, PyTorch dense, a plain read of the same bytes.
 
     Contestants take turns, weights rotate over more than a gigabyte, ratios are taken round by round. On a GPU they are
@@ -31,42 +31,33 @@ def mlp(config: MLPBench, json: options.JsonFile = None, figure: Figure = None, 
 
     Example: **cats bench mlp --shape mistral-7b --threads 1,2 --json mlp.json**
     """
-    _check_outputs(json, figure, force)
-    _finish(bench_mlp(config, _measuring), json, figure, force)
+    results.check(figure)
+    _finish(bench_mlp(config, _measuring), results, figure)
 
 
-def decode(
-    config: DecodeBench, json: options.JsonFile = None, figure: Figure = None, force: options.Force = False
-) -> None:
+def decode(config: DecodeBench, results: options.Results, figure: Figure = None) -> None:
     """Time whole tokens through `generate`: stock transformers, our dense path (k = 0), and CATS on the same weights.
 
     On a GPU each of them eager, compiled by `generate` with a static cache, with our loop, and as a bare compiled step.
 
     Example: **cats bench decode --shape mistral-7b --layers 4 --threads 1,2 --json decode.json**
     """
-    _check_outputs(json, figure, force)
+    results.check(figure)
     quiet_libraries()
-    _finish(bench_decode(config, _measuring, progress_console.print), json, figure, force)
+    _finish(bench_decode(config, _measuring, progress_console.print), results, figure)
 
 
 def _measuring(settings: Sequence[Any]) -> Iterable[Any]:
     return track(settings, "measuring", len(settings))
 
 
-def _check_outputs(json: Path | None, figure: Path | None, force: bool) -> None:
-    for path in (json, figure):
-        if path is not None:
-            check_output(path, force)
-
-
-def _finish(result: BenchResult, json: Path | None, figure: Path | None, force: bool) -> None:
+def _finish(result: BenchResult, results: options.Results, figure: Path | None) -> None:
     """Write the files and show the tables."""
-    if json is not None:
-        write_json(json, result.record, force)
+    results.write(result.record)
     if figure is not None:
         from cats_llm.report.bench_figures import write_figure
 
-        write_figure(result.record["benchmark"], result.record["rows"], figure, force)
+        write_figure(result.record["benchmark"], result.record["rows"], figure, results.force)
     show(result.title)
     for header, *lines in result.tables:
         shown = table(*header)

@@ -7,19 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from cats_llm import loading
-from cats_llm.checkpoint import config as checkpoint_config
 from cats_llm.dtypes import DTYPE_NAMES
 from cats_llm.errors import CatsError
 from cats_llm.options import Panel, option
 from cats_llm.outputs import check_output, write_json
-
-
-def parse_sparsity(text: str) -> float:
-    """The text as a gate sparsity; anything else is wrong usage."""
-    try:
-        return checkpoint_config.parse_sparsity(text)
-    except CatsError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _dtype(text: str) -> str:
@@ -60,9 +51,6 @@ class Results:
 
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -79,14 +67,3 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing outputs.")]
-
-
-def whole_numbers(text: str, option: str) -> list[int]:
-    """A list of whole numbers from 1, separated by commas."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise typer.BadParameter(f"{option} is {text!r}; give whole numbers from 1, separated by commas.")
-    return numbers

@@ -9,7 +9,8 @@ from typing import Any
 
 from cats_llm import bundled
 from cats_llm.benchmark import machine
-from cats_llm.benchmark.bench import DecodeBench, MLPBench, bench_decode, bench_mlp
+from cats_llm.benchmark.bench import bench_decode, bench_mlp
+from cats_llm.benchmark.config import DecodeBench, MLPBench
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
