@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "number_format": set(),
     "versions": set(),
     "dtypes": set(),
-    "kernels": {"dtypes"},
+    "kernels": {"dtypes", "outputs"},
     "checkpoint": set(),
     "model": {"kernels"},
     "integrations": {"kernels", "model"},

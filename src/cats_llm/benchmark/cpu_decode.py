@@ -45,16 +45,16 @@ def bench_cpu_decode(
     sparsify(model, next(iter(configs.values())))
     try:
 
-        def ours(name: str) -> Callable[[int], float]:
+        def runner(name: str) -> Callable[[int], float]:
             def run(turn: int) -> float:
+                if name not in configs:
+                    return _seconds_a_token(stock, prompt, tokens)
                 set_thresholds(model, configs[name].thresholds, configs[name].vectors)
                 return _seconds_a_token(model, prompt, tokens)
 
             return run
 
-        candidates: dict[str, Callable[[int], float]] = {"stock transformers": _stock_runner(stock, prompt, tokens)}
-        candidates |= {name: ours(name) for name in configs}
-        seconds = interleave(candidates, config.rounds)
+        seconds = interleave({name: runner(name) for name in ("stock transformers", *configs)}, config.rounds)
         read = _read_bandwidth(model)
         breakdown = {"stock transformers": _breakdown(stock, prompt, tokens)}
         for name, sparse in configs.items():
@@ -85,42 +85,15 @@ def bench_cpu_decode(
         densify(model)
 
 
-def _stock_runner(model: nn.Module, prompt: Tensor, tokens: int) -> Callable[[int], float]:
-    return lambda turn: _seconds_a_token(model, prompt, tokens)
-
-
-class _Clock:
-    """Notes when `generate` hands out tokens."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: object) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def _seconds_a_token(model: Any, prompt: Tensor, tokens: int) -> float:
-    """Median seconds between two tokens, without the prefill."""
-    times = _generate(model, prompt, tokens)
-    return Quartiles.of(b - a for a, b in itertools.pairwise(times)).median
-
-
-def _generate(model: Any, prompt: Tensor, tokens: int) -> list[float]:
-    if len(prompt) == 1:
-        clock = _Clock()
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
-        return clock.times[1:]  # the first is the prompt
-    # a streamer takes one sequence only, so steps of a batch are timed at the model itself
+    """Median seconds between two steps of `generate`, without the prefill."""
     times: list[float] = []
     hook = model.register_forward_hook(lambda *_: times.append(time.perf_counter()))
     try:
         model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     finally:
         hook.remove()
-    return times
+    return Quartiles.of(b - a for a, b in itertools.pairwise(times)).median
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.distributed import sum_over_processes
+from cats_llm.dtypes import dtype_name
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
 from cats_llm.model.structure import unwrap
@@ -147,7 +148,7 @@ def _tensor(values: Any, name: str) -> Tensor:
         return tensor if tensor.numel() else tensor.long()
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise CatsError(
-            f"{name} of a calibration batch holds {str(tensor.dtype).removeprefix('torch.')} values, which are no "
+            f"{name} of a calibration batch holds {dtype_name(tensor.dtype)} values, which are no "
             f"token numbers; {_TAKEN}."
         )
     return tensor.long()

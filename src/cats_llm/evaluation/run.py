@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cats_llm import distributed
+from cats_llm.dtypes import dtype_name
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import Cache, digest_code, digest_json, digest_model, digest_tokenizer
@@ -109,7 +110,7 @@ def run_evaluation(
         "format": EVALUATION,
         "version": EVALUATION_VERSION,
         "model": name or getattr(model.config, "_name_or_path", None) or type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "device": str(model.device),
         "versions": versions() | {key: value for task in tasks for key, value in task.versions().items()},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -6,7 +6,6 @@ Nothing is tuned unless asked for (autotune.py, or `cats tune`); a missing or un
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from cats_llm.dtypes import dtype_name
 from cats_llm.kernels.gpu.config import Config, GemvConfig, SmallBatchConfig, Tile
+from cats_llm.outputs import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,7 @@ def remember(
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as fresh:
-        json.dump(_entries, fresh, indent=1)
-    os.replace(fresh.name, file)
+    write_json(file, _entries, force=True)
 
 
 def _key(device: torch.device, tokens: int, d: int, f: int, dtype: torch.dtype, sparsity: float) -> str:
