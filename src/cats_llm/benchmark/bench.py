@@ -1,6 +1,6 @@
 """`bench_mlp` and `bench_decode`: what `cats bench` measures, on the device that is named."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,7 @@ from cats_llm.benchmark.shapes import parse_shape
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
 from cats_llm.kernels import cpu
-
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
-"""Passes on the settings that are measured one after the other, and may show how far it is."""
+from cats_llm.progress import Track, untracked
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,12 @@ class BenchResult:
     tables: list[tables.Table]
 
 
-def bench_mlp(config: MLPBench, progress: Progress = iter, working_set: int | None = None) -> BenchResult:
+def bench_mlp(config: MLPBench, track: Track = untracked, working_set: int | None = None) -> BenchResult:
     """Time one MLP: our kernel at several sparsities, PyTorch dense, and on a CPU a plain read of the same bytes.
 
     Args:
         config: what to measure.
-        progress: see `Progress`.
+        track: shows how many settings are done.
         working_set: see `bench_cpu_mlp`.
 
     Raises:
@@ -53,14 +51,14 @@ def bench_mlp(config: MLPBench, progress: Progress = iter, working_set: int | No
     rows: list[dict[str, Any]] = []
     if config.device == "cpu":
         check_cpu_kernels()
-        for threads, tokens in progress(config.cpu_settings):
+        for threads, tokens in track(config.cpu_settings, "measuring", len(config.cpu_settings)):
             with _thread_count(threads):
                 rows += bench_cpu_mlp(config, tokens, working_set)
         shown = tables.table(rows, tables.CPU_MLP)
         return BenchResult(f"{title}{config.dtype}, {cpu.isa()}", _record("mlp", rows), [shown])
     with torch.cuda.device(config.device):
         memory = cuda.bandwidths(config.device)
-        for tokens in progress(config.batches):
+        for tokens in track(config.batches, "measuring", len(config.batches)):
             rows += bench_cuda_mlp(config, memory["copy"], tokens)
     shown = tables.table(rows, tables.CUDA_MLP)
     return BenchResult(title + cuda.title(config.device, memory), _record("mlp", rows, bandwidth=memory), [shown])
@@ -68,7 +66,7 @@ def bench_mlp(config: MLPBench, progress: Progress = iter, working_set: int | No
 
 def bench_decode(
     config: DecodeBench,
-    progress: Progress = iter,
+    track: Track = untracked,
     announce: Callable[[str], None] = lambda text: None,
     model: Any = None,
     profile: Profile | None = None,
@@ -77,7 +75,7 @@ def bench_decode(
 
     Args:
         config: what to measure.
-        progress: see `Progress`; on a CPU.
+        track: shows how many settings are done; on a CPU.
         announce: is told what begins; on a GPU.
         model: dense, on the device, if it is loaded already.
         profile: in place of the file that ``config`` names.
@@ -94,7 +92,7 @@ def bench_decode(
     rows: list[dict[str, Any]] = []
     if config.device == "cpu":
         breakdown: list[dict[str, Any]] = []
-        for threads, batch in progress(config.cpu_settings):
+        for threads, batch in track(config.cpu_settings, "measuring", len(config.cpu_settings)):
             with _thread_count(threads):
                 timed, parts = bench_cpu_decode(config, model, profile, batch)
             rows += [row | of_row for row in timed]

@@ -1,8 +1,7 @@
 """`cats bench mlp` and `cats bench decode`: speed, beside the machine's bandwidth and PyTorch."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,7 +31,7 @@ def mlp(config: MLPBench, results: options.Results, figure: Figure = None) -> No
     Example: **cats bench mlp --shape mistral-7b --threads 1,2 --json mlp.json**
     """
     results.check(figure)
-    _finish(bench_mlp(config, _measuring), results, figure)
+    _finish(bench_mlp(config, track), results, figure)
 
 
 def decode(config: DecodeBench, results: options.Results, figure: Figure = None) -> None:
@@ -44,11 +43,7 @@ def decode(config: DecodeBench, results: options.Results, figure: Figure = None)
     """
     results.check(figure)
     quiet_libraries()
-    _finish(bench_decode(config, _measuring, progress_console.print), results, figure)
-
-
-def _measuring(settings: Sequence[Any]) -> Iterable[Any]:
-    return track(settings, "measuring", len(settings))
+    _finish(bench_decode(config, track, progress_console.print), results, figure)
 
 
 def _finish(result: BenchResult, results: options.Results, figure: Path | None) -> None:

@@ -50,7 +50,6 @@ class Results:
             write_json(self.json, results, self.force)
 
 
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -62,8 +61,5 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own.")
-]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing outputs.")]
