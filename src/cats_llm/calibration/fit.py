@@ -1,7 +1,6 @@
 """Fit a criterion to a model: thresholds, and what makes up for them, from calibration text."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +14,6 @@ from cats_llm.calibration.calibrate import calibrating, record_of, tell_not_run
 from cats_llm.calibration.criterion import Criterion
 from cats_llm.calibration.distill import Distillation, distill
 from cats_llm.calibration.histogram import GateHistogram
-from cats_llm.calibration.profile import NOT_RUN
 from cats_llm.calibration.scores import SCORES
 from cats_llm.calibration.sequential import run_layer_by_layer
 from cats_llm.calibration.statistics import LayerStatistics, down_weight, hidden_parts
@@ -27,7 +25,7 @@ from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.contexts import restoring
 from cats_llm.model.sparsify import sparse_module, swap_for_calibration
-from cats_llm.model.structure import GatedMLP
+from cats_llm.model.structure import GatedMLP, observe_inputs
 from cats_llm.model.token_mask import set_token_mask
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -125,7 +123,7 @@ def fit(
         thresholds={layer: found.tau for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
         sparsity=sparsity,
         layer_sparsity={layer: found.achieved for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
-        calibration=record_of(model, *text.totals, data) | ({NOT_RUN: not_run} if not_run else {}),
+        calibration=record_of(model, text.totals, data, not_run),
         criterion=criterion.to_dict() | settings,
         vectors={layer: found.vectors() for layer, found in layers.items()},
     ).with_coverage(coverage)
@@ -135,16 +133,12 @@ def fit(
 def _reached(model: nn.Module, mlps: list[GatedMLP], text: CalibrationText) -> list[int]:
     """The layers whose MLPs text runs through: two tokens show it."""
     calls = torch.zeros(len(mlps), dtype=torch.int64)
+    places = {mlp.layer: place for place, mlp in enumerate(mlps)}
 
-    def note(place: int) -> Callable[[nn.Module, Any], None]:
-        def count(_module: nn.Module, _inputs: Any) -> None:
-            calls[place] += 1
+    def note(mlp: GatedMLP, x: Tensor) -> None:
+        calls[places[mlp.layer]] += 1
 
-        return count
-
-    with ExitStack() as stack:
-        for place, mlp in enumerate(mlps):
-            stack.callback(mlp.module.register_forward_pre_hook(note(place)).remove)
+    with observe_inputs(mlps, note):
         for inputs in text.inputs[:1]:
             run_decoder(model, {"input_ids": inputs["input_ids"][:1, :2]})
     sum_over_processes([calls])

@@ -1,10 +1,10 @@
 """Find the gated MLPs of a language model by what they compute, never by the names of families or of parts."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -295,35 +295,42 @@ def checked_on_inputs(mlps: list[GatedMLP]) -> Iterator[None]:
     """
     largest: dict[int, Tensor] = {}
 
-    def note(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
-            rows = x.reshape(-1, x.shape[-1])
-            if layer in largest:
-                rows = torch.cat([rows, largest[layer].to(rows)])
-            size = rows.abs().amax(dim=-1)
-            largest[layer] = rows[size.topk(min(_CHECKED_TOKENS, len(rows))).indices]
+    def note(mlp: GatedMLP, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mlp.layer in largest:
+            rows = torch.cat([rows, largest[mlp.layer].to(rows)])
+        size = rows.abs().amax(dim=-1)
+        largest[mlp.layer] = rows[size.topk(min(_CHECKED_TOKENS, len(rows))).indices]
 
-        return hook
-
-    with ExitStack() as stack:
-        for mlp in mlps:
-            stack.callback(mlp.module.register_forward_pre_hook(note(mlp.layer), with_kwargs=True).remove)
+    with observe_inputs(mlps, note):
         yield
     for mlp in mlps:
         if mlp.layer in largest:
             check_function(mlp, largest[mlp.layer][None])
 
 
-class GateObserver(Protocol):
-    """Called with a layer and its gate pre-activations, (..., f), at every forward pass."""
-
-    def __call__(self, mlp: GatedMLP, gate: Tensor) -> None: ...  # noqa: D102
+Observer = Callable[[GatedMLP, Tensor], None]
+"""Called with a layer and a tensor of it at every forward pass."""
 
 
 @contextmanager
-def observe_gates(mlps: list[GatedMLP], observer: GateObserver) -> Iterator[None]:
-    """Show the observer the output of every gate projection while the context lasts."""
+def observe_inputs(mlps: Iterable[GatedMLP], observer: Observer) -> Iterator[None]:
+    """Show the observer the input of every MLP, (..., d), before it runs, while the context lasts."""
+
+    def hook(mlp: GatedMLP) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _module, args, kwargs: observer(
+            mlp, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        )
+
+    with ExitStack() as stack:
+        for mlp in mlps:
+            stack.callback(mlp.module.register_forward_pre_hook(hook(mlp), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def observe_gates(mlps: Iterable[GatedMLP], observer: Observer) -> Iterator[None]:
+    """Show the observer the gate pre-activations of every MLP, (..., f), while the context lasts."""
 
     def hook(mlp: GatedMLP) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda _module, _inputs, output: observer(mlp, mlp.gate_of(output.detach()))
