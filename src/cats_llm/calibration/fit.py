@@ -54,7 +54,7 @@ class FittedLayer:
             return torch.tensor(self.tau, dtype=torch.float32, device=self.weights.device)
         return (self.tau / self.weights).clamp(max=_LARGEST)
 
-    def vectors(self) -> LayerTensors:
+    def tensors(self) -> LayerTensors:
         """What of it does not fit into one number."""
         return LayerTensors(self.threshold if self.threshold.dim() else None, self.compensation)
 
@@ -100,10 +100,10 @@ def fit(
     with calibrating(model), restoring(model):
         read = read_batches(model, batches, tokenizer)
         text = CalibrationText(read, TokenPolicy(dense_first_tokens=coverage.dense_first_tokens))
-        found = swap_for_calibration(model)
-        reached = _reached(model, found, text)
-        not_run = tell_not_run(found, reached)
-        mlps = [mlp for mlp in found if mlp.layer in reached]
+        swapped = swap_for_calibration(model)
+        reached = _reached(model, swapped, text)
+        not_run = tell_not_run(swapped, reached)
+        mlps = [mlp for mlp in swapped if mlp.layer in reached]
         shares = dict.fromkeys((mlp.layer for mlp in mlps), sparsity)
         if criterion.allocate and sparsity > 0:
             say("measuring the error of every layer")
@@ -120,12 +120,12 @@ def fit(
                 # what the layers receive has changed, so their thresholds follow
                 layers = _through_layers(model, mlps, text, shares, criterion, layers, compensation)
     return CatsConfig(
-        thresholds={layer: found.tau for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
+        thresholds={layer: fitted.tau for layer, fitted in layers.items()} | dict.fromkeys(not_run, 0.0),
         sparsity=sparsity,
-        layer_sparsity={layer: found.achieved for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
+        layer_sparsity={layer: fitted.achieved for layer, fitted in layers.items()} | dict.fromkeys(not_run, 0.0),
         calibration=record_of(model, text.totals, data, not_run),
         criterion=criterion.to_dict() | settings,
-        vectors={layer: found.vectors() for layer, found in layers.items()},
+        vectors={layer: fitted.tensors() for layer, fitted in layers.items()},
     ).with_coverage(coverage)
 
 
@@ -159,11 +159,11 @@ def _through_layers(
 
     With ``known``, weights of the scores stay, ``compensation`` is taken as it is, and thresholds are set again.
     """
-    found: dict[int, FittedLayer] = {}
-    tokens = set_token_mask(model, text.coverage)
+    layers: dict[int, FittedLayer] = {}
+    token_mask = set_token_mask(model, text.coverage)
     for mlp in mlps:
         module = sparse_module(mlp)
-        module.token_mask, module.sparse = tokens, False
+        module.token_mask, module.sparse = token_mask, False
 
     def decide(place: int, inputs: list[Tensor]) -> None:
         mlp = mlps[place]
@@ -172,19 +172,16 @@ def _through_layers(
         weights = known[mlp.layer].weights if known is not None else fitter.weights(criterion)
         added = (compensation or {}).get(mlp.layer)
         fitted = fitter.fit(weights, criterion.compensate and known is None, added)
-        found[mlp.layer] = fitted
+        layers[mlp.layer] = fitted
         module = sparse_module(mlp)
         module.set_tensors(fitted.threshold, fitted.compensation, score=fitted.tau)
         module.sparse = criterion.sequential
 
-    state = None
-    if tokens is not None:
-        state = (lambda: tokens.sparse, lambda value: setattr(tokens, "sparse", value))
     calls = [partial(run_decoder, model, inputs) for inputs in text.inputs]
-    run_layer_by_layer([mlp.module for mlp in mlps], calls, decide, state)
+    run_layer_by_layer([mlp.module for mlp in mlps], calls, decide, token_mask)
     for mlp in mlps:
         sparse_module(mlp).sparse = True
-    return found
+    return layers
 
 
 class _LayerFitter:
@@ -194,7 +191,7 @@ class _LayerFitter:
         self.mlp, self.rows, self.sparsity = mlp, rows, sparsity
 
     def weights(self, criterion: Criterion) -> Tensor:
-        """Those of the criterion's score, from what was seen here."""
+        """The weights of the criterion's score, float32 (f,), from the statistics of these inputs."""
         statistics = LayerStatistics(self.mlp)
         for x in self.rows:
             statistics.add(*hidden_parts(self.mlp, x))

@@ -122,29 +122,29 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
         raise CatsError(
             f"{kind} routes tokens through experts ({experts}); CATS works on models with one gated MLP a layer."
         )
-    found: dict[nn.Module, tuple[str, Roles, list[tuple[nn.Module, str]]]] = {}
+    gated: dict[nn.Module, tuple[str, Roles, list[tuple[nn.Module, str]]]] = {}
     mismatches: dict[str, Mismatch] = {}
     answers: dict[Hashable, Roles | Mismatch | None] = {}
     for name, module in decoder.named_modules(prefix=prefix, remove_duplicate=False):
-        parent_name, _, own_name = name.rpartition(".")
+        parent_name, _, child_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        if module in found:
-            found[module][2].append((parent, own_name))
+        if module in gated:
+            gated[module][2].append((parent, child_name))
             continue
         key = fingerprint(module)
         if key not in answers:
-            own = getattr(module, "roles", None)  # of a sparse MLP
-            answers[key] = own if isinstance(own, Roles) else find_roles(module)
+            known = getattr(module, "roles", None)  # of a sparse MLP
+            answers[key] = known if isinstance(known, Roles) else find_roles(module)
         answer = answers[key]
         if isinstance(answer, Mismatch):
             mismatches[name] = answer
         elif answer is not None:
             _check_replaceable(parent, name)
-            found[module] = (name, answer, [(parent, own_name)])
-    layer_of = _layer_paths([name for name, _, _ in found.values()])
+            gated[module] = (name, answer, [(parent, child_name)])
+    layer_of = _layer_paths([name for name, _, _ in gated.values()])
     mlps = [
         GatedMLP(_layer_index(name, layer_of(name), kind), name, layer_of(name), tuple(parents), module, roles)
-        for module, (name, roles, parents) in found.items()
+        for module, (name, roles, parents) in gated.items()
     ]
     mlps.sort(key=lambda mlp: mlp.layer)
     _check_mismatches({layer_of(mlp.name) for mlp in mlps}, mismatches, layer_of, model)
