@@ -5,8 +5,8 @@ checkpoints as what they are.
 """
 
 from cats_llm.calibration.calibrate import calibrate
-from cats_llm.calibration.criterion import Criterion
-from cats_llm.calibration.fit import fit
+from cats_llm.calibration.criteria.criterion import Criterion
+from cats_llm.calibration.criteria.fit import fit
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import LayerTensors

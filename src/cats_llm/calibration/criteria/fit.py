@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.allocation import allocate
 from cats_llm.calibration.batches import CalibrationData, CalibrationText, read_batches, rows_of, run_decoder
 from cats_llm.calibration.calibrate import calibrating, record_of, tell_not_run
-from cats_llm.calibration.criterion import Criterion
-from cats_llm.calibration.distill import Distillation, distill
+from cats_llm.calibration.criteria.allocation import allocate
+from cats_llm.calibration.criteria.criterion import Criterion
+from cats_llm.calibration.criteria.distill import Distillation, distill
+from cats_llm.calibration.criteria.scores import SCORES
+from cats_llm.calibration.criteria.sequential import run_layer_by_layer
+from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, hidden_parts
 from cats_llm.calibration.histogram import GateHistogram
-from cats_llm.calibration.scores import SCORES
-from cats_llm.calibration.sequential import run_layer_by_layer
-from cats_llm.calibration.statistics import LayerStatistics, down_weight, hidden_parts
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
 from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.checkpoint.token_policy import TokenPolicy

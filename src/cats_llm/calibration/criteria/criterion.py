@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from cats_llm.calibration.scores import SCORES
+from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.errors import CatsError
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from cats_llm.calibration.criterion import CANDIDATES, PARTS, Criterion
-from cats_llm.calibration.distill import Distillation
-from cats_llm.calibration.scores import SCORES
+from cats_llm.calibration.criteria.criterion import CANDIDATES, PARTS, Criterion
+from cats_llm.calibration.criteria.distill import Distillation
+from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError

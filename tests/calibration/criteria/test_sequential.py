@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cats_llm import CatsError
-from cats_llm.calibration.sequential import run_layer_by_layer
+from cats_llm.calibration.criteria.sequential import run_layer_by_layer
 
 
 class Stack(nn.Module):
