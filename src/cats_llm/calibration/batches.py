@@ -128,7 +128,7 @@ def _blocks(values: Any, name: str = "input_ids") -> list[Tensor]:
 
 
 def _tensor(values: Any, name: str) -> Tensor:
-    """As a tensor; token numbers in int64.
+    """One sequence or mask as a tensor; token numbers in int64.
 
     Raises:
         CatsError: they are no whole numbers.

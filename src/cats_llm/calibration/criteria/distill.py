@@ -44,7 +44,7 @@ class Distillation:
             raise CatsError("distillation takes at least one step and round, and a rate above 0.")
 
     def to_dict(self) -> dict[str, Any]:
-        """For the record."""
+        """The settings by name, for the record in a config."""
         return asdict(self)
 
 

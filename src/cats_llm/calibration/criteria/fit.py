@@ -55,7 +55,7 @@ class FittedLayer:
         return (self.tau / self.weights).clamp(max=_LARGEST)
 
     def tensors(self) -> LayerTensors:
-        """What of it does not fit into one number."""
+        """The tensors that a config holds beside the one threshold."""
         return LayerTensors(self.threshold if self.threshold.dim() else None, self.compensation)
 
 
