@@ -22,9 +22,9 @@ import torch
 from cats_llm import bundled
 from cats_llm.benchmark import machine
 from cats_llm.calibration.calibrate import calibrate
-from cats_llm.calibration.distill import Distillation
-from cats_llm.calibration.search import find_config
-from cats_llm.calibration.target import SparsityTarget
+from cats_llm.calibration.criteria.distill import Distillation
+from cats_llm.calibration.criteria.search import find_config
+from cats_llm.calibration.criteria.target import SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import FILE, write_layer_tensors
 from cats_llm.evaluation.cache import Cache

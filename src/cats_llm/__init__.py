@@ -5,8 +5,10 @@ checkpoints as what they are.
 """
 
 from cats_llm.calibration.calibrate import calibrate
-from cats_llm.calibration.criterion import Criterion
-from cats_llm.calibration.fit import fit
+from cats_llm.calibration.criteria.criterion import Criterion
+from cats_llm.calibration.criteria.fit import fit
+from cats_llm.calibration.criteria.search import find_config
+from cats_llm.calibration.criteria.target import SparsityTarget
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import LayerTensors
@@ -28,10 +30,12 @@ __all__ = [
     "LayerTensors",
     "Profile",
     "SparseMLP",
+    "SparsityTarget",
     "TokenPolicy",
     "as_dense",
     "calibrate",
     "densify",
+    "find_config",
     "find_gated_mlps",
     "fit",
     "graph_decode",

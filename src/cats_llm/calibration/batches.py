@@ -129,7 +129,7 @@ def _blocks(values: Any, name: str = "input_ids") -> list[Tensor]:
 
 
 def _tensor(values: Any, name: str) -> Tensor:
-    """As a tensor; token numbers in int64.
+    """One sequence or mask as a tensor; token numbers in int64.
 
     Raises:
         CatsError: they are no whole numbers.
@@ -236,7 +236,7 @@ class CalibrationText:
     Attributes:
         inputs: of the model, a batch each.
         counted: which tokens of each batch are learned from, bool (B * T,); None for all.
-        totals: tokens and sequences, over all processes.
+        totals: tokens and sequences over all processes, int64 (2,).
         coverage: while calibrating.
     """
 
@@ -253,12 +253,26 @@ class CalibrationText:
                     mask = sparse.reshape(-1) if mask is None else mask & sparse.reshape(-1)
                 self.inputs.append(inputs)
                 self.counted.append(mask)
-                number = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-                totals += torch.tensor([number, len(inputs["input_ids"])])
+                totals += count(inputs, mask)
         sum_over_processes([totals])
-        self.totals: tuple[int, int] = (int(totals[0]), int(totals[1]))
-        if not self.totals[0]:
-            raise CatsError("there was nothing to calibrate on: the data holds no tokens.")
+        check_totals(totals)
+        self.totals = totals
+
+
+def count(inputs: Inputs, counted: Tensor | None) -> Tensor:
+    """How many tokens of a batch count, and how many sequences it has: int64 (2,)."""
+    ids = inputs["input_ids"]
+    return torch.tensor([ids.numel() if counted is None else int(counted.sum()), len(ids)])
+
+
+def check_totals(totals: Tensor) -> None:
+    """Make sure that there was a token to calibrate on.
+
+    Raises:
+        CatsError: there was none.
+    """
+    if not totals[0]:
+        raise CatsError("there was nothing to calibrate on: the data holds no tokens.")
 
 
 def rows_of(x: Tensor, counted: Tensor | None) -> Tensor:

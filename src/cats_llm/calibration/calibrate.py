@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import CalibrationData, Inputs, padding_mask, read_batches, run_decoder
+from cats_llm.calibration.batches import (
+    CalibrationData,
+    check_totals,
+    count,
+    padding_mask,
+    read_batches,
+    rows_of,
+    run_decoder,
+)
 from cats_llm.calibration.histogram import GateHistogram
 from cats_llm.calibration.profile import NOT_RUN, Profile
 from cats_llm.distributed import sum_over_processes
@@ -55,17 +63,26 @@ def calibrate(model: nn.Module, batches: CalibrationData, data: str | None = Non
             are NaN or infinite.
     """
     mlps = find_gated_mlps(model)
-    counter = _Counter(mlps)
-    with calibrating(model), as_dense(model), observe_gates(mlps, counter):
+    histograms = {mlp.layer: GateHistogram(execution_device(mlp.gate_linear)) for mlp in mlps}
+    totals = torch.zeros(2, dtype=torch.int64)  # tokens, sequences
+    mask: Tensor | None = None
+
+    def add(mlp: GatedMLP, gate: Tensor) -> None:
+        histograms[mlp.layer].add(rows_of(gate, mask))
+
+    with calibrating(model), as_dense(model), observe_gates(mlps, add):
         for inputs in read_batches(model, batches, tokenizer):
-            counter.run(model, inputs)
-    counter.merge_processes()
-    counter.check()
-    reached = [mlp for mlp in mlps if counter.histograms[mlp.layer].counts.any()]
-    layers = {mlp.layer: counter.histograms[mlp.layer].distribution(mlp.activation) for mlp in reached}
-    tokens, sequences = counter.totals.tolist()
-    not_run = tell_not_run(mlps, list(layers))
-    return Profile(layers, record_of(model, tokens, sequences, data) | ({NOT_RUN: not_run} if not_run else {}))
+            mask = padding_mask(inputs)
+            if inputs["input_ids"].numel():
+                run_decoder(model, inputs)
+                totals += count(inputs, mask)
+    sum_over_processes([totals, *(t for histogram in histograms.values() for t in histogram.tensors())])
+    for layer, histogram in histograms.items():
+        histogram.check(layer)
+    check_totals(totals)
+    reached = [mlp for mlp in mlps if histograms[mlp.layer].counts.any()]
+    layers = {mlp.layer: histograms[mlp.layer].distribution(mlp.activation) for mlp in reached}
+    return Profile(layers, record_of(model, totals, data, tell_not_run(mlps, list(layers))))
 
 
 def tell_not_run(mlps: Sequence[GatedMLP], reached: Sequence[int]) -> list[int]:
@@ -98,49 +115,26 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Counter:
-    """The histograms of all layers, and the mask of the batch that is running."""
+def record_of(model: nn.Module, totals: Tensor, data: str | None, not_run: list[int]) -> dict[str, Any]:
+    """What was calibrated on what, for the record.
 
-    def __init__(self, mlps: list[GatedMLP]) -> None:
-        self.histograms = {mlp.layer: GateHistogram(execution_device(mlp.gate_linear)) for mlp in mlps}
-        self.totals = torch.zeros(2, dtype=torch.int64)  # tokens, sequences
-        self.mask: Tensor | None = None
-
-    def __call__(self, mlp: GatedMLP, gate: Tensor) -> None:
-        rows = gate.reshape(-1, gate.shape[-1])
-        if self.mask is not None:
-            rows = rows[self.mask.to(rows.device)]
-        self.histograms[mlp.layer].add(rows)
-
-    def run(self, model: nn.Module, inputs: Inputs) -> None:
-        ids, self.mask = inputs["input_ids"], padding_mask(inputs)
-        if ids.numel():
-            run_decoder(model, inputs)
-            self.totals += torch.tensor([int(ids.numel() if self.mask is None else self.mask.sum()), len(ids)])
-
-    def merge_processes(self) -> None:
-        """Sum over the processes of torch.distributed, if it runs."""
-        sum_over_processes([self.totals, *(t for histogram in self.histograms.values() for t in histogram.tensors())])
-
-    def check(self) -> None:
-        for layer, histogram in self.histograms.items():
-            histogram.check(layer)
-        if self.totals[0] == 0:
-            raise CatsError("there was nothing to calibrate on: the data holds no tokens.")
-
-
-def record_of(model: nn.Module, tokens: int, sequences: int, data: str | None) -> dict[str, Any]:
-    """What was calibrated on what, for the record."""
-    config = getattr(unwrap(model), "config", None)
+    Args:
+        totals: tokens and sequences over all processes, int64 (2,).
+        data: what the text is.
+        not_run: layers that text does not reach.
+    """
+    base = unwrap(model)
+    config = getattr(base, "config", None)
     # the processes that share the weights of a model have all seen the same tokens
-    copies = getattr(unwrap(model), "tp_size", None) or 1
-    return {
-        "model": getattr(config, "_name_or_path", None) or type(unwrap(model)).__name__,
+    tokens, sequences = (totals // (getattr(base, "tp_size", None) or 1)).tolist()
+    record = {
+        "model": getattr(config, "_name_or_path", None) or type(base).__name__,
         "revision": getattr(config, "_commit_hash", None),
-        "dtype": str(getattr(unwrap(model), "dtype", None)).removeprefix("torch."),
+        "dtype": str(getattr(base, "dtype", None)).removeprefix("torch."),
         "data": data,
-        "tokens": tokens // copies,
-        "sequences": sequences // copies,
+        "tokens": tokens,
+        "sequences": sequences,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
     }
+    return record | ({NOT_RUN: not_run} if not_run else {})

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cats_llm.calibration.criteria.search import Choice, Notify, find_config
+from cats_llm.calibration.criteria.target import SparsityTarget
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
-from cats_llm.calibration.search import Choice, Notify, find_config
-from cats_llm.calibration.target import SparsityTarget
 from cats_llm.checkpoint.tensors import check_tensors
 from cats_llm.checkpoint.write import Written, check_source, write_checkpoint
 from cats_llm.errors import CatsError

@@ -122,20 +122,20 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
             self._digest = None
 
     def with_coverage(self, coverage: TokenPolicy) -> "CatsConfig":
-        """The same config for other tokens."""
+        """A copy of the config, with another choice of the tokens that are sparse."""
         changed = copy.deepcopy(self)
         changed.coverage = coverage
         return changed
 
     @property
     def version(self) -> int:
-        """Of the format that the config is written in."""
+        """The oldest version of the format that can say what the config says; it is written in that one."""
         if self._vectors is not None or self._digest is not None or self.criterion:
             return 3
         return 1 if self.coverage.all_tokens else 2
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """The `quantization_config` of config.json."""
         values: dict[str, Any] = {
             "version": self.version,
             "quant_method": self.quant_method,

@@ -111,12 +111,12 @@ def read_layer_tensors(path: Path, sha256: str) -> dict[int, LayerTensors]:
     try:
         with torch.device("cpu"):  # transformers calls us where new tensors go to the meta device
             tensors = load(content)
-        found: dict[int, dict[str, Tensor]] = {}
+        layers: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             match = _NAME.fullmatch(name)
             if match is None:
                 raise CatsError(f"it holds {name!r}.")
-            found.setdefault(int(match[1]), {})[match[2]] = tensor
-        return {layer: LayerTensors(**parts) for layer, parts in sorted(found.items())}
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor
+        return {layer: LayerTensors(**parts) for layer, parts in sorted(layers.items())}
     except (SafetensorError, CatsError, KeyError, ValueError) as error:
         raise CatsError(f"{path} holds no vectors of a CATS model: {str(error).rstrip('.')}.") from error

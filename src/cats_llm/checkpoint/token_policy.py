@@ -52,7 +52,7 @@ class TokenPolicy:
         return self == TokenPolicy() or self == TokenPolicy(last_fraction=1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The keys that stand in a config, all of them."""
         return asdict(self)
 
     def __str__(self) -> str:

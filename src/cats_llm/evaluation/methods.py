@@ -1,7 +1,7 @@
 """The methods that `cats eval` compares, in one registry. A method changes the model in place and undoes it.
 
 A new method is one `Method` in `METHODS`; the harness knows nothing else of it. Every criterion of neurons
-(`cats_llm.calibration.criterion`) is a method too, under its own name.
+(`cats_llm.calibration.criteria.criterion`) is a method too, under its own name.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from cats_llm import distributed
-from cats_llm.calibration.criterion import PARTS, Criterion
-from cats_llm.calibration.scores import SCORES
-from cats_llm.calibration.search import find_config
-from cats_llm.calibration.target import SparsityTarget
+from cats_llm.calibration.criteria.criterion import PARTS, Criterion
+from cats_llm.calibration.criteria.scores import SCORES
+from cats_llm.calibration.criteria.search import find_config
+from cats_llm.calibration.criteria.target import SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.baselines import teal, teal_greedy, wina

@@ -211,11 +211,11 @@ class _Step:
 
 def _compiled(model: PreTrainedModel) -> Callable[..., Any]:
     """The model's forward, compiled without graphs of its own; compiled code is kept with the model."""
-    found: Callable[..., Any] | None = model.__dict__.get("_cats_compiled_step")
-    if found is None:
-        found = torch.compile(model.forward, options={"triton.cudagraphs": False})
-        model.__dict__["_cats_compiled_step"] = found
-    return found
+    compiled: Callable[..., Any] | None = model.__dict__.get("_cats_compiled_step")
+    if compiled is None:
+        compiled = torch.compile(model.forward, options={"triton.cudagraphs": False})
+        model.__dict__["_cats_compiled_step"] = compiled
+    return compiled
 
 
 def _end(ids: Tensor, prompt: int, ends: Tensor | None) -> int:

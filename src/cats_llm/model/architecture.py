@@ -47,9 +47,11 @@ def model_class(config: Any, trust_remote_code: bool = False) -> Any:
                 return auto
     names = getattr(config, "architectures", None) or []
     for name in [names] if isinstance(names, str) else names:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and _is_for(found, config):
-            return found
+        named = getattr(transformers, str(name), None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            config_class = getattr(named, "config_class", None)
+            if isinstance(config_class, type) and isinstance(config, config_class):
+                return named
     for auto in autos:
         if type(config) in auto._model_mapping:
             return auto
@@ -61,17 +63,12 @@ def model_class(config: Any, trust_remote_code: bool = False) -> Any:
     )
 
 
-def _is_for(found: Any, config: Any) -> bool:
-    own = getattr(found, "config_class", None)
-    return isinstance(own, type) and isinstance(config, own)
-
-
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Any:
     """The model of a config, with weights as they happen to be."""
-    found = model_class(config, trust_remote_code)
-    if hasattr(found, "from_config"):
-        return found.from_config(config, trust_remote_code=trust_remote_code)
-    return found._from_config(config)
+    chosen = model_class(config, trust_remote_code)
+    if hasattr(chosen, "from_config"):
+        return chosen.from_config(config, trust_remote_code=trust_remote_code)
+    return chosen._from_config(config)
 
 
 def check_reads_text(model: nn.Module) -> None:

@@ -120,9 +120,9 @@ def find_roles(module: nn.Module) -> Roles | Mismatch | None:
     for device in dict.fromkeys([torch.device("cpu"), own_device]):
         if device.type == "meta":
             continue
-        found = _match(module, stand_ins, candidates, device)
-        if found is not None:
-            return found
+        answer = _match(module, stand_ins, candidates, device)
+        if answer is not None:
+            return answer
     return mismatch
 
 

@@ -65,10 +65,10 @@ def _row_by_row(model: nn.Module, shared: set[int]) -> dict[str, Tensor]:
 
 def use_own_saving(model: nn.Module, enabled: bool) -> None:
     """Let the model's `save_pretrained` write all there is to write, or be what it was before."""
-    own = vars(model).get(_METHOD)
-    if enabled and not isinstance(own, _SavePretrained) and hasattr(model, _METHOD):
+    current = vars(model).get(_METHOD)
+    if enabled and not isinstance(current, _SavePretrained) and hasattr(model, _METHOD):
         setattr(model, _METHOD, _SavePretrained(model))
-    elif not enabled and isinstance(own, _SavePretrained):
+    elif not enabled and isinstance(current, _SavePretrained):
         delattr(model, _METHOD)
-        if own.replaced is not None:
-            setattr(model, _METHOD, own.replaced)
+        if current.replaced is not None:
+            setattr(model, _METHOD, current.replaced)

@@ -1,10 +1,10 @@
 """Find the gated MLPs of a language model by what they compute, never by the names of families or of parts."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,29 +122,29 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
         raise CatsError(
             f"{kind} routes tokens through experts ({experts}); CATS works on models with one gated MLP a layer."
         )
-    found: dict[nn.Module, tuple[str, Roles, list[tuple[nn.Module, str]]]] = {}
+    gated: dict[nn.Module, tuple[str, Roles, list[tuple[nn.Module, str]]]] = {}
     mismatches: dict[str, Mismatch] = {}
     answers: dict[Hashable, Roles | Mismatch | None] = {}
     for name, module in decoder.named_modules(prefix=prefix, remove_duplicate=False):
-        parent_name, _, own_name = name.rpartition(".")
+        parent_name, _, child_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        if module in found:
-            found[module][2].append((parent, own_name))
+        if module in gated:
+            gated[module][2].append((parent, child_name))
             continue
         key = fingerprint(module)
         if key not in answers:
-            own = getattr(module, "roles", None)  # of a sparse MLP
-            answers[key] = own if isinstance(own, Roles) else find_roles(module)
+            known = getattr(module, "roles", None)  # of a sparse MLP
+            answers[key] = known if isinstance(known, Roles) else find_roles(module)
         answer = answers[key]
         if isinstance(answer, Mismatch):
             mismatches[name] = answer
         elif answer is not None:
             _check_replaceable(parent, name)
-            found[module] = (name, answer, [(parent, own_name)])
-    layer_of = _layer_paths([name for name, _, _ in found.values()])
+            gated[module] = (name, answer, [(parent, child_name)])
+    layer_of = _layer_paths([name for name, _, _ in gated.values()])
     mlps = [
         GatedMLP(_layer_index(name, layer_of(name), kind), name, layer_of(name), tuple(parents), module, roles)
-        for module, (name, roles, parents) in found.items()
+        for module, (name, roles, parents) in gated.items()
     ]
     mlps.sort(key=lambda mlp: mlp.layer)
     _check_mismatches({layer_of(mlp.name) for mlp in mlps}, mismatches, layer_of, model)
@@ -295,35 +295,42 @@ def checked_on_inputs(mlps: list[GatedMLP]) -> Iterator[None]:
     """
     largest: dict[int, Tensor] = {}
 
-    def note(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
-            rows = x.reshape(-1, x.shape[-1])
-            if layer in largest:
-                rows = torch.cat([rows, largest[layer].to(rows)])
-            size = rows.abs().amax(dim=-1)
-            largest[layer] = rows[size.topk(min(_CHECKED_TOKENS, len(rows))).indices]
+    def note(mlp: GatedMLP, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mlp.layer in largest:
+            rows = torch.cat([rows, largest[mlp.layer].to(rows)])
+        size = rows.abs().amax(dim=-1)
+        largest[mlp.layer] = rows[size.topk(min(_CHECKED_TOKENS, len(rows))).indices]
 
-        return hook
-
-    with ExitStack() as stack:
-        for mlp in mlps:
-            stack.callback(mlp.module.register_forward_pre_hook(note(mlp.layer), with_kwargs=True).remove)
+    with observe_inputs(mlps, note):
         yield
     for mlp in mlps:
         if mlp.layer in largest:
             check_function(mlp, largest[mlp.layer][None])
 
 
-class GateObserver(Protocol):
-    """Called with a layer and its gate pre-activations, (..., f), at every forward pass."""
-
-    def __call__(self, mlp: GatedMLP, gate: Tensor) -> None: ...  # noqa: D102
+Observer = Callable[[GatedMLP, Tensor], None]
+"""Called with a layer and a tensor of it at every forward pass."""
 
 
 @contextmanager
-def observe_gates(mlps: list[GatedMLP], observer: GateObserver) -> Iterator[None]:
-    """Show the observer the output of every gate projection while the context lasts."""
+def observe_inputs(mlps: Iterable[GatedMLP], observer: Observer) -> Iterator[None]:
+    """Show the observer the input of every MLP, (..., d), before it runs, while the context lasts."""
+
+    def hook(mlp: GatedMLP) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _module, args, kwargs: observer(
+            mlp, next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        )
+
+    with ExitStack() as stack:
+        for mlp in mlps:
+            stack.callback(mlp.module.register_forward_pre_hook(hook(mlp), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def observe_gates(mlps: Iterable[GatedMLP], observer: Observer) -> Iterator[None]:
+    """Show the observer the gate pre-activations of every MLP, (..., f), while the context lasts."""
 
     def hook(mlp: GatedMLP) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda _module, _inputs, output: observer(mlp, mlp.gate_of(output.detach()))

@@ -1,7 +1,6 @@
 """Fit a criterion to a model: thresholds, and what makes up for them, from calibration text."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.allocation import allocate
 from cats_llm.calibration.batches import CalibrationData, CalibrationText, read_batches, rows_of, run_decoder
 from cats_llm.calibration.calibrate import calibrating, record_of, tell_not_run
-from cats_llm.calibration.criterion import Criterion
-from cats_llm.calibration.distill import Distillation, distill
+from cats_llm.calibration.criteria.allocation import allocate
+from cats_llm.calibration.criteria.criterion import Criterion
+from cats_llm.calibration.criteria.distill import Distillation, distill
+from cats_llm.calibration.criteria.scores import SCORES
+from cats_llm.calibration.criteria.sequential import run_layer_by_layer
+from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, hidden_parts
 from cats_llm.calibration.histogram import GateHistogram
-from cats_llm.calibration.profile import NOT_RUN
-from cats_llm.calibration.scores import SCORES
-from cats_llm.calibration.sequential import run_layer_by_layer
-from cats_llm.calibration.statistics import LayerStatistics, down_weight, hidden_parts
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
 from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.checkpoint.token_policy import TokenPolicy
@@ -27,7 +25,7 @@ from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.contexts import restoring
 from cats_llm.model.sparsify import sparse_module, swap_for_calibration
-from cats_llm.model.structure import GatedMLP
+from cats_llm.model.structure import GatedMLP, observe_inputs
 from cats_llm.model.token_mask import set_token_mask
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -56,8 +54,8 @@ class FittedLayer:
             return torch.tensor(self.tau, dtype=torch.float32, device=self.weights.device)
         return (self.tau / self.weights).clamp(max=_LARGEST)
 
-    def vectors(self) -> LayerTensors:
-        """What of it does not fit into one number."""
+    def tensors(self) -> LayerTensors:
+        """The tensors that a config holds beside the one threshold."""
         return LayerTensors(self.threshold if self.threshold.dim() else None, self.compensation)
 
 
@@ -102,10 +100,10 @@ def fit(
     with calibrating(model), restoring(model):
         read = read_batches(model, batches, tokenizer)
         text = CalibrationText(read, TokenPolicy(dense_first_tokens=coverage.dense_first_tokens))
-        found = swap_for_calibration(model)
-        reached = _reached(model, found, text)
-        not_run = tell_not_run(found, reached)
-        mlps = [mlp for mlp in found if mlp.layer in reached]
+        swapped = swap_for_calibration(model)
+        reached = _reached(model, swapped, text)
+        not_run = tell_not_run(swapped, reached)
+        mlps = [mlp for mlp in swapped if mlp.layer in reached]
         shares = dict.fromkeys((mlp.layer for mlp in mlps), sparsity)
         if criterion.allocate and sparsity > 0:
             say("measuring the error of every layer")
@@ -122,12 +120,12 @@ def fit(
                 # what the layers receive has changed, so their thresholds follow
                 layers = _through_layers(model, mlps, text, shares, criterion, layers, compensation)
     return CatsConfig(
-        thresholds={layer: found.tau for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
+        thresholds={layer: fitted.tau for layer, fitted in layers.items()} | dict.fromkeys(not_run, 0.0),
         sparsity=sparsity,
-        layer_sparsity={layer: found.achieved for layer, found in layers.items()} | dict.fromkeys(not_run, 0.0),
-        calibration=record_of(model, *text.totals, data) | ({NOT_RUN: not_run} if not_run else {}),
+        layer_sparsity={layer: fitted.achieved for layer, fitted in layers.items()} | dict.fromkeys(not_run, 0.0),
+        calibration=record_of(model, text.totals, data, not_run),
         criterion=criterion.to_dict() | settings,
-        vectors={layer: found.vectors() for layer, found in layers.items()},
+        vectors={layer: fitted.tensors() for layer, fitted in layers.items()},
     ).with_coverage(coverage)
 
 
@@ -135,16 +133,12 @@ def fit(
 def _reached(model: nn.Module, mlps: list[GatedMLP], text: CalibrationText) -> list[int]:
     """The layers whose MLPs text runs through: two tokens show it."""
     calls = torch.zeros(len(mlps), dtype=torch.int64)
+    places = {mlp.layer: place for place, mlp in enumerate(mlps)}
 
-    def note(place: int) -> Callable[[nn.Module, Any], None]:
-        def count(_module: nn.Module, _inputs: Any) -> None:
-            calls[place] += 1
+    def note(mlp: GatedMLP, x: Tensor) -> None:
+        calls[places[mlp.layer]] += 1
 
-        return count
-
-    with ExitStack() as stack:
-        for place, mlp in enumerate(mlps):
-            stack.callback(mlp.module.register_forward_pre_hook(note(place)).remove)
+    with observe_inputs(mlps, note):
         for inputs in text.inputs[:1]:
             run_decoder(model, {"input_ids": inputs["input_ids"][:1, :2]})
     sum_over_processes([calls])
@@ -165,11 +159,11 @@ def _through_layers(
 
     With ``known``, weights of the scores stay, ``compensation`` is taken as it is, and thresholds are set again.
     """
-    found: dict[int, FittedLayer] = {}
-    tokens = set_token_mask(model, text.coverage)
+    layers: dict[int, FittedLayer] = {}
+    token_mask = set_token_mask(model, text.coverage)
     for mlp in mlps:
         module = sparse_module(mlp)
-        module.token_mask, module.sparse = tokens, False
+        module.token_mask, module.sparse = token_mask, False
 
     def decide(place: int, inputs: list[Tensor]) -> None:
         mlp = mlps[place]
@@ -178,19 +172,16 @@ def _through_layers(
         weights = known[mlp.layer].weights if known is not None else fitter.weights(criterion)
         added = (compensation or {}).get(mlp.layer)
         fitted = fitter.fit(weights, criterion.compensate and known is None, added)
-        found[mlp.layer] = fitted
+        layers[mlp.layer] = fitted
         module = sparse_module(mlp)
         module.set_tensors(fitted.threshold, fitted.compensation, score=fitted.tau)
         module.sparse = criterion.sequential
 
-    state = None
-    if tokens is not None:
-        state = (lambda: tokens.sparse, lambda value: setattr(tokens, "sparse", value))
     calls = [partial(run_decoder, model, inputs) for inputs in text.inputs]
-    run_layer_by_layer([mlp.module for mlp in mlps], calls, decide, state)
+    run_layer_by_layer([mlp.module for mlp in mlps], calls, decide, token_mask)
     for mlp in mlps:
         sparse_module(mlp).sparse = True
-    return found
+    return layers
 
 
 class _LayerFitter:
@@ -200,7 +191,7 @@ class _LayerFitter:
         self.mlp, self.rows, self.sparsity = mlp, rows, sparsity
 
     def weights(self, criterion: Criterion) -> Tensor:
-        """Those of the criterion's score, from what was seen here."""
+        """The weights of the criterion's score, float32 (f,), from the statistics of these inputs."""
         statistics = LayerStatistics(self.mlp)
         for x in self.rows:
             statistics.add(*hidden_parts(self.mlp, x))

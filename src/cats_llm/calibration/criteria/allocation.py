@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationText
-from cats_llm.calibration.criterion import Criterion
-from cats_llm.calibration.divergence import logits_of, mean_divergence
-from cats_llm.calibration.scores import SCORES
-from cats_llm.calibration.statistics import LayerStatistics, down_weight, statistics_of
+from cats_llm.calibration.criteria.criterion import Criterion
+from cats_llm.calibration.criteria.divergence import logits_of, mean_divergence
+from cats_llm.calibration.criteria.scores import SCORES
+from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, statistics_of
 from cats_llm.model.sparsify import sparse_module
 from cats_llm.model.structure import GatedMLP
 

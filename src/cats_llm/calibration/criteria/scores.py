@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cats_llm.calibration.statistics import LayerStatistics
+from cats_llm.calibration.criteria.statistics import LayerStatistics
 
 Score = Callable[[LayerStatistics, float], Tensor]
 """(statistics of a layer, gate sparsity) -> positive weights, float32 (f,), of any common scale."""

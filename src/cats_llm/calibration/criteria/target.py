@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from cats_llm.calibration.criterion import CANDIDATES, PARTS, Criterion
-from cats_llm.calibration.distill import Distillation
-from cats_llm.calibration.scores import SCORES
+from cats_llm.calibration.criteria.criterion import CANDIDATES, PARTS, Criterion
+from cats_llm.calibration.criteria.distill import Distillation
+from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
@@ -45,15 +45,7 @@ def _increase(text: str) -> float:
 
 @dataclass(frozen=True)
 class SparsityTarget:
-    """A criterion, and one of three measures of how much it may skip.
-
-    Attributes:
-        sparsity: k, the share of neurons to skip, in [0, 1).
-        bytes_per_token: of weights, that decoding a token reads.
-        max_perplexity_increase: relative to the dense model, on text held back; 0.05 is 5 %.
-        criterion: the name of one, or auto for the best of `CANDIDATES`.
-        distill_steps: see `Distillation`.
-        coverage: which tokens are sparse.
+    """A criterion, and one of three measures of how much it may skip; an increase of perplexity of 5 % is 0.05.
 
     Raises:
         CatsError: none or several of the measures are given, there is no such criterion, or auto is to meet a
@@ -115,14 +107,7 @@ class SparsityTarget:
         return self.criterion == str(Criterion()) and self.max_perplexity_increase is None
 
     def gate_sparsity(self, model: nn.Module) -> float | None:
-        """The sparsity, equal in all layers; None if it has to be found by measuring.
-
-        Args:
-            model: may be on the meta device.
-
-        Raises:
-            CatsError: no sparsity reads so few or so many bytes.
-        """
+        """The sparsity, equal in all layers, see `sparsity_for_bytes`; None if it has to be found by measuring."""
         return self.sparsity if self.bytes_per_token is None else sparsity_for_bytes(model, self.bytes_per_token)
 
 

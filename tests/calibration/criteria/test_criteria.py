@@ -12,15 +12,15 @@ import torch
 import cats_llm
 import families
 import vectors
-from cats_llm.calibration.allocation import least_cost
-from cats_llm.calibration.criterion import CANDIDATES, PARTS, Criterion
-from cats_llm.calibration.distill import Distillation
-from cats_llm.calibration.divergence import log_perplexity, logits_of, mean_divergence
-from cats_llm.calibration.fit import fit
-from cats_llm.calibration.scores import SCORES
-from cats_llm.calibration.search import find_config, split
-from cats_llm.calibration.statistics import BINS, LayerStatistics
-from cats_llm.calibration.target import AUTO, SparsityTarget, sparsity_for_bytes
+from cats_llm.calibration.criteria.allocation import least_cost
+from cats_llm.calibration.criteria.criterion import CANDIDATES, PARTS, Criterion
+from cats_llm.calibration.criteria.distill import Distillation
+from cats_llm.calibration.criteria.divergence import log_perplexity, logits_of, mean_divergence
+from cats_llm.calibration.criteria.fit import fit
+from cats_llm.calibration.criteria.scores import SCORES
+from cats_llm.calibration.criteria.search import find_config, split
+from cats_llm.calibration.criteria.statistics import BINS, LayerStatistics
+from cats_llm.calibration.criteria.target import AUTO, SparsityTarget, sparsity_for_bytes
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.methods import method
@@ -580,9 +580,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import families
-from cats_llm.calibration.criterion import Criterion
-from cats_llm.calibration.distill import Distillation
-from cats_llm.calibration.fit import fit
+from cats_llm.calibration.criteria.criterion import Criterion
+from cats_llm.calibration.criteria.distill import Distillation
+from cats_llm.calibration.criteria.fit import fit
 
 out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)

@@ -1,13 +1,14 @@
 """Forward passes that run side by side."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from cats_llm import CatsError
-from cats_llm.calibration.sequential import run_layer_by_layer
+from cats_llm.calibration.criteria.sequential import run_layer_by_layer
 
 
 class Stack(nn.Module):
@@ -97,25 +98,24 @@ def test_a_pass_that_skips_a_layer_is_noticed(stack):
 
 def test_each_pass_finds_its_own_state(stack):
     """What a pass leaves in a common place before a layer is there when it goes on."""
-    place = {"now": None}
+    mask = SimpleNamespace(sparse=None)
     found = []
 
     class Noting(nn.Module):
         def forward(self, x):
-            found.append((place["now"], float(x[0, 0])))
+            found.append((mask.sparse, float(x[0, 0])))
             return x
 
     inner = Noting()
 
     def call(i):
         def run():
-            place["now"] = i
+            mask.sparse = i
             inner(torch.full((1, 1), float(i)))
 
         return run
 
-    state = (lambda: place["now"], lambda value: place.__setitem__("now", value))
-    run_layer_by_layer([inner], [call(i) for i in range(4)], lambda *_: None, state)
+    run_layer_by_layer([inner], [call(i) for i in range(4)], lambda *_: None, mask)
     assert found == [(i, float(i)) for i in range(4)]
 
 

@@ -3,8 +3,7 @@
 Symbols: a = act(x W_gate), u = x W_up, h = a u the hidden activation, n tokens, f neurons, d hidden size.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from cats_llm.calibration.batches import CalibrationText, rows_of, run_decoder
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.kernels.definition import gate_activation
-from cats_llm.model.structure import GatedMLP
+from cats_llm.model.structure import GatedMLP, observe_inputs
 
 # A bin is a range of |a| with the same exponent and first 3 bits of the mantissa: 8 an octave.
 _MANTISSA_BITS = 3
@@ -131,16 +130,14 @@ def down_weight(mlp: GatedMLP) -> Tensor:
 @torch.no_grad()
 def statistics_of(model: nn.Module, mlps: Sequence[GatedMLP], text: CalibrationText) -> dict[int, LayerStatistics]:
     """The statistics of every layer by its index, in one pass, over all processes; the model computes what it does."""
-    found = {mlp.layer: LayerStatistics(mlp) for mlp in mlps}
+    statistics = {mlp.layer: LayerStatistics(mlp) for mlp in mlps}
     counted: Tensor | None = None
 
-    def note(mlp: GatedMLP) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: found[mlp.layer].add(*hidden_parts(mlp, rows_of(inputs[0], counted)))
+    def add(mlp: GatedMLP, x: Tensor) -> None:
+        statistics[mlp.layer].add(*hidden_parts(mlp, rows_of(x, counted)))
 
-    with ExitStack() as stack:
-        for mlp in mlps:
-            stack.callback(mlp.module.register_forward_pre_hook(note(mlp)).remove)
-        for inputs, counted in zip(text.inputs, text.counted, strict=True):  # noqa: B007  # note reads it
+    with observe_inputs(mlps, add):
+        for inputs, counted in zip(text.inputs, text.counted, strict=True):  # noqa: B007  # add reads it
             run_decoder(model, inputs)
-    sum_over_processes([t for statistics in found.values() for t in statistics.tensors()])
-    return found
+    sum_over_processes([t for layer in statistics.values() for t in layer.tensors()])
+    return statistics

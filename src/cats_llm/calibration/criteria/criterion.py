@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from cats_llm.calibration.scores import SCORES
+from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.errors import CatsError
 
 
@@ -56,7 +56,7 @@ class Criterion:
         return self == Criterion()
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in a config: the record of what was done. Empty for the paper's."""
+        """The name and the parts, for the record in a config; empty for the paper's."""
         return {} if self.plain else {"name": str(self), **asdict(self)}
 
 

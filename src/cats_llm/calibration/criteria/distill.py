@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationText, run_decoder
-from cats_llm.calibration.divergence import counted_tokens, divergence, logits_of
+from cats_llm.calibration.criteria.divergence import counted_tokens, divergence, logits_of
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.contexts import as_dense
@@ -44,7 +44,7 @@ class Distillation:
             raise CatsError("distillation takes at least one step and round, and a rate above 0.")
 
     def to_dict(self) -> dict[str, Any]:
-        """For the record."""
+        """The settings by name, for the record in a config."""
         return asdict(self)
 
 

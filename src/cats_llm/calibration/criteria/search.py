@@ -8,12 +8,12 @@ from torch import nn
 
 from cats_llm.calibration.batches import CalibrationData, Inputs, read_batches
 from cats_llm.calibration.calibrate import calibrate, calibrating
-from cats_llm.calibration.criterion import CANDIDATES, Criterion
-from cats_llm.calibration.distill import Distillation
-from cats_llm.calibration.divergence import log_perplexity, mean_divergence
-from cats_llm.calibration.fit import fit
+from cats_llm.calibration.criteria.criterion import CANDIDATES, Criterion
+from cats_llm.calibration.criteria.distill import Distillation
+from cats_llm.calibration.criteria.divergence import log_perplexity, mean_divergence
+from cats_llm.calibration.criteria.fit import fit
+from cats_llm.calibration.criteria.target import AUTO, SparsityTarget
 from cats_llm.calibration.profile import Profile
-from cats_llm.calibration.target import AUTO, SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_predicts_tokens
