@@ -13,7 +13,8 @@ from cats_llm.errors import CatsError
 from cats_llm.number_format import MISSING, number
 from cats_llm.outputs import command_line, write_file
 from cats_llm.recipes import BenchPlan, FinetuningPlan
-from cats_llm.recipes.reproduce import REPORTED, ReproduceConfig, Reproduction, reproduce
+from cats_llm.recipes.recipe import ReproduceConfig
+from cats_llm.recipes.reproduce import REPORTED, Reproduction, reproduce
 from cats_llm.report import MissingExtraError, read_files, render_page, require_extra
 
 

@@ -11,7 +11,7 @@ from cats_llm import formats
 from cats_llm.errors import CatsError
 from cats_llm.loading import ModelSource
 from cats_llm.outputs import write_json
-from cats_llm.recipes.recipe import FinetuningPlan, Recipe
+from cats_llm.recipes.recipe import FinetuningPlan, Recipe, ReproduceConfig
 from cats_llm.training.classification_data import write_instructions
 from cats_llm.training.config import FinetuneConfig
 from cats_llm.training.export import LOG
@@ -41,22 +41,17 @@ def begin(out: Path, recipe: Recipe, resume: bool) -> None:
 def finetune_all(
     plan: FinetuningPlan,
     source: ModelSource,
-    out: Path,
+    config: ReproduceConfig,
     *,
-    profile: Path,
-    data_dir: Path | None,
-    micro_batch: int,
-    resume: bool,
     force: bool,
     notify: Callable[[str], None],
     command: str,
 ) -> dict[str, Any]:
-    """Every run of the plan; each leaves its model in a folder of ``out``, and is not repeated when resumed.
+    """Every run of the plan; each leaves its model in a folder of ``config.out``, and is not repeated when resumed.
 
     Args:
         source: the base model.
-        profile: its thresholds.
-        data_dir: folder with TASK-train.jsonl and TASK-validation.jsonl in the hub's columns, in place of the hub.
+        config: with its profile.
         command: for the record.
 
     Returns:
@@ -64,34 +59,29 @@ def finetune_all(
     """
     from cats_llm.training.finetune import finetune  # it imports much
 
+    out = config.out
+    assert out is not None
     data, reading = plan.data, plan.reading
     if plan.instructions is not None:
-        data, heldout = (
-            _instructions(plan.instructions, split, out, data_dir, resume) for split in ("train", "validation")
-        )
+        data, heldout = (_instructions(plan.instructions, split, out, config) for split in ("train", "validation"))
         reading = replace(reading, heldout=reading.heldout or heldout)
     logs = []
     for name, (method, sparsity) in plan.runs.items():
         folder = out / name.replace(" ", "-").replace("=", "")
-        if not (resume and (folder / LOG).is_file()):
+        if not (config.resume and (folder / LOG).is_file()):
             notify(f"{name}:")
-            has_thresholds = method == "cats"
-            config = FinetuneConfig(
+            refresh = plan.training.refresh_every if method == "cats" else 0
+            run = FinetuneConfig(
                 source=source,
                 out=folder,
                 data=str(data),
                 reading=reading,
                 sparsity=sparsity,
-                profile=profile if has_thresholds else None,
-                training=replace(
-                    plan.training,
-                    method=method,
-                    micro_batch=micro_batch,
-                    refresh_every=plan.training.refresh_every if has_thresholds else 0,
-                ),
-                resume=resume,
+                profile=config.profile if method == "cats" else None,
+                training=replace(plan.training, method=method, micro_batch=config.batch_size, refresh_every=refresh),
+                resume=config.resume,
             )
-            finetune(config, force=force, notify=notify, command=command)
+            finetune(run, force=force, notify=notify, command=command)
             gc.collect()  # models have cycles, and the next one needs the memory
         logs.append(json.loads((folder / LOG).read_text(encoding="utf-8")))
     return {
@@ -103,9 +93,9 @@ def finetune_all(
     }
 
 
-def _instructions(task: str, split: str, out: Path, data_dir: Path | None, resume: bool) -> str:
+def _instructions(task: str, split: str, out: Path, config: ReproduceConfig) -> str:
     file = out / f"{task}-{split}.jsonl"
-    if not (resume and file.is_file()):
-        source = data_dir / f"{task}-{split}.jsonl" if data_dir is not None else None
+    if not (config.resume and file.is_file()):
+        source = config.data_dir / file.name if config.data_dir is not None else None
         write_instructions(task, split, file, source, force=True)
     return str(file)

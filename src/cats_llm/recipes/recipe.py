@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cats_llm.calibration.sampling import Sampling
@@ -9,7 +10,8 @@ from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.dtypes import DTYPE_NAMES, DTYPES
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.task import TaskOptions
-from cats_llm.options import option
+from cats_llm.loading import parse_device
+from cats_llm.options import Panel, option
 from cats_llm.text import RowFormat
 from cats_llm.training.classification_data import TASKS
 from cats_llm.training.config import TUNING_METHODS, DataConfig, TrainingConfig
@@ -232,3 +234,44 @@ class Recipe:
     source: str | None = option(None, help="Who published the numbers that do not say it themselves.")
     calibration: CalibrationSection | None = None
     expected: tuple[Expected, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """How a recipe is run here."""
+
+    smoke: bool = option(False, help="Run all steps in a minute, on the bundled model and a few local documents.")
+    out: Path | None = option(
+        None,
+        flags=("--out", "-o"),
+        metavar="DIR",
+        help="Keep the profile, the results and a report here.",
+        panel=Panel.OUTPUT,
+    )
+    profile: Path | None = option(None, help="A profile of the model, in place of calibrating.")
+    data_dir: Path | None = option(
+        None,
+        help="Folder with the tasks' data, where there is no hub: TASK.jsonl, or to fine-tune on, TASK-train.jsonl "
+        "and TASK-validation.jsonl.",
+    )
+    resume: bool = option(False, help="Fine-tuning: go on in --out, with what is finished there.", panel=Panel.OUTPUT)
+    batch_size: int = option(4, minimum=1, help="Sequences computed at a time.")
+    no_cache: bool = option(False, help="Measure everything again, and keep nothing.", panel=Panel.OUTPUT)
+    device: str | None = option(
+        None,
+        parse=parse_device,
+        help="cpu, cuda, cuda:1, or auto to spread over all.",
+        default_text="the GPU if there is one",
+    )
+
+    def check_usage(self, recipe: Recipe) -> None:
+        """Refuse options that do not go with the recipe.
+
+        Raises:
+            CatsError: they do not.
+        """
+        tuning = isinstance(recipe.plan, FinetuningPlan)
+        if self.resume and not (tuning and self.out is not None):
+            raise CatsError("--resume goes on with a recipe of fine-tuning, in its --out.")
+        if tuning and self.out is None and not self.smoke:
+            raise CatsError(f"{recipe.name} leaves fine-tuned models; say with --out where.")

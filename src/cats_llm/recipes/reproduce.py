@@ -21,9 +21,8 @@ from cats_llm.evaluation.run import Progress, run_evaluation
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.evaluation.variants import make_variants
 from cats_llm.kernels import cpu
-from cats_llm.loading import ModelSource, parse_device
+from cats_llm.loading import ModelSource
 from cats_llm.model.structure import find_gated_mlps
-from cats_llm.options import Panel, option
 from cats_llm.outputs import check_output, write_json
 from cats_llm.progress import Track, untracked
 from cats_llm.recipes import finetuning
@@ -35,6 +34,7 @@ from cats_llm.recipes.recipe import (
     EvaluationPlan,
     FinetuningPlan,
     Recipe,
+    ReproduceConfig,
     ThresholdPlan,
 )
 from cats_llm.text import TextSource
@@ -43,47 +43,6 @@ from cats_llm.training.config import DataConfig
 _PROFILE = "profile.safetensors"
 REPORTED = (_PROFILE, "result.json", "bench.json", "training.json")
 """What the folder of a reproduction may hold for `cats report`."""
-
-
-@dataclass(frozen=True)
-class ReproduceConfig:
-    """How a recipe is run here."""
-
-    smoke: bool = option(False, help="Run all steps in a minute, on the bundled model and a few local documents.")
-    out: Path | None = option(
-        None,
-        flags=("--out", "-o"),
-        metavar="DIR",
-        help="Keep the profile, the results and a report here.",
-        panel=Panel.OUTPUT,
-    )
-    profile: Path | None = option(None, help="A profile of the model, in place of calibrating.")
-    data_dir: Path | None = option(
-        None,
-        help="Folder with the tasks' data, where there is no hub: TASK.jsonl, or to fine-tune on, TASK-train.jsonl "
-        "and TASK-validation.jsonl.",
-    )
-    resume: bool = option(False, help="Fine-tuning: go on in --out, with what is finished there.", panel=Panel.OUTPUT)
-    batch_size: int = option(4, minimum=1, help="Sequences computed at a time.")
-    no_cache: bool = option(False, help="Measure everything again, and keep nothing.", panel=Panel.OUTPUT)
-    device: str | None = option(
-        None,
-        parse=parse_device,
-        help="cpu, cuda, cuda:1, or auto to spread over all.",
-        default_text="the GPU if there is one",
-    )
-
-    def check_usage(self, recipe: Recipe) -> None:
-        """Refuse options that do not go with the recipe.
-
-        Raises:
-            CatsError: they do not.
-        """
-        tuning = isinstance(recipe.plan, FinetuningPlan)
-        if self.resume and not (tuning and self.out is not None):
-            raise CatsError("--resume goes on with a recipe of fine-tuning, in its --out.")
-        if tuning and self.out is None and not self.smoke:
-            raise CatsError(f"{recipe.name} leaves fine-tuned models; say with --out where.")
 
 
 @dataclass(frozen=True)
@@ -253,17 +212,9 @@ class _Run:
         profile = config.out / _PROFILE
         if "cats" in plan.methods and not (config.resume and profile.is_file()):
             self._calibrated(self._source())
+        config = replace(config, profile=profile)
         return finetuning.finetune_all(
-            plan,
-            self._source(),
-            config.out,
-            profile=profile,
-            data_dir=config.data_dir,
-            micro_batch=config.batch_size,
-            resume=config.resume,
-            force=self.force,
-            notify=self.notify,
-            command=self.command,
+            plan, self._source(), config, force=self.force, notify=self.notify, command=self.command
         )
 
     def _bench_mlp(self, plan: BenchPlan) -> dict[str, Any]:

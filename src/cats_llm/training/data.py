@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cats_llm.chat import Message, render
 from cats_llm.errors import CatsError
+from cats_llm.number_format import counted
 from cats_llm.rows import Tally
 from cats_llm.text import (
     Content,
@@ -91,8 +92,8 @@ def read_data(source: str, config: DataConfig, tokenizer: Any, seed: int, calibr
     train = [pool.examples[i] for i in sorted(order)]
     if not train:
         raise CatsError(
-            f"{source} holds {len(pool.examples)} example{'s' * (len(pool.examples) > 1)}, too few to set some aside "
-            "for measuring and calibrating; give more, or pass --heldout and --calibration."
+            f"{source} holds {counted(len(pool.examples), 'example')}, too few to set some aside for measuring and "
+            "calibrating; give more, or pass --heldout and --calibration."
         )
     if not any((example["labels"][1:] >= 0).any() for example in parts["heldout"]):
         raise CatsError("the held-out examples predict no token; give longer ones.")

@@ -12,6 +12,7 @@ from cats_llm.errors import CatsError
 from cats_llm.loading import default_device
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.tokens import check_tokens
+from cats_llm.number_format import number, percent
 from cats_llm.outputs import check_output
 from cats_llm.text import TextSource, check_length
 from cats_llm.training import run_folder
@@ -35,7 +36,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Train LoRA adapters through the thresholds, write the model to ``config.out``, and return the log.
 
-    With several processes, as `accelerate launch` starts them, each takes its share of the work, and the first writes.
+    With several processes, as `accelerate launch` starts them, each takes its share of the work, and the first writes;
+    `cats_llm.distributed.leave` ends their connection, when the caller has no more use for it.
 
     Args:
         force: replace what is there.
@@ -102,9 +104,8 @@ def finetune(
 
 
 def _quality(evaluation: dict[str, Any]) -> str:
-    perplexity = "not finite" if evaluation["perplexity"] is None else f"{evaluation['perplexity']:.4g}"
-    share = evaluation.get("sparsity")
-    return f"{perplexity} at {100 * share['gate']:.2f} % gate sparsity" if share else perplexity
+    sparsity = f" at {percent(evaluation['sparsity']['gate'])} gate sparsity" if "sparsity" in evaluation else ""
+    return number(evaluation["perplexity"]) + sparsity
 
 
 def _training_dtype(dtype: str, device: str) -> str:

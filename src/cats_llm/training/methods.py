@@ -3,7 +3,8 @@
 from typing import Any
 
 from cats_llm import distributed
-from cats_llm.calibration.calibrate import calibrate
+from cats_llm.calibration.criteria.search import find_config
+from cats_llm.calibration.criteria.target import SparsityTarget
 from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
 from cats_llm.errors import CatsError
@@ -86,12 +87,11 @@ def choose_thresholds(
         if config is None:
             raise CatsError("the model is dense, so the method cats needs a sparsity; pass --sparsity 0.5.")
         return config
+    target = SparsityTarget(sparsity=sparsity)
     if profile is not None:
-        profile.check_model(model)
-    else:
-        batches = distributed.share(data.calibration_batches(batch_size))
-        profile = calibrate(model, batches, str(data.record["calibration"]))
-    return profile.config(sparsity)
+        return find_config(model, profile, target).config
+    batches = list(distributed.share(data.calibration_batches(batch_size)))
+    return find_config(model, batches, target, data=str(data.record["calibration"])).config
 
 
 def resumed_config(history: list[dict[str, Any]], model: Any) -> CatsConfig | None:

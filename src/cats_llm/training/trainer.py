@@ -1,7 +1,6 @@
 """transformers' Trainer, with what CATS adds to it: measurements, a log, and thresholds that follow the weights."""
 
 import importlib.util
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from cats_llm import distributed, formats
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.errors import CatsError
 from cats_llm.model.sparsify import set_config
+from cats_llm.number_format import known, number, percent
 from cats_llm.outputs import write_json
 from cats_llm.training.adapters import add_adapters
 from cats_llm.training.config import TrainingConfig
@@ -117,10 +117,13 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
             return
         write_json(self.file, split_history(state.log_history), force=True)
         measurement = next(entry["evaluation"] for entry in reversed(state.log_history) if "evaluation" in entry)
-        perplexity = f"{measurement['perplexity']:.4g}" if measurement["perplexity"] is not None else "not finite"
-        sparsity = f", gate sparsity {100 * measurement['sparsity']['gate']:.2f} %" if "sparsity" in measurement else ""
-        right = f", {100 * measurement['accuracy']:.2f} % of answers right" if "accuracy" in measurement else ""
-        self.notify(f"step {state.global_step}: held-out perplexity {perplexity}{right}{sparsity}")
+        perplexity = measurement["perplexity"]
+        line = f"held-out perplexity {number(perplexity) if known(perplexity) else 'not finite'}"
+        if "accuracy" in measurement:
+            line += f", {percent(measurement['accuracy'])} of answers right"
+        if "sparsity" in measurement:
+            line += f", gate sparsity {percent(measurement['sparsity']['gate'])}"
+        self.notify(f"step {state.global_step}: {line}")
 
 
 def tensorboard(folder: Path) -> TrainerCallback | None:
@@ -251,11 +254,11 @@ def split_history(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The Trainer's history as a log file has it."""
     keys = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None  # JSON has no NaN
+    def finite(value: float) -> float | None:
+        return value if known(value) else None  # JSON has no NaN
 
     return {
-        "steps": [{key: number(entry[key]) for key in keys if key in entry} for entry in history if "loss" in entry],
+        "steps": [{key: finite(entry[key]) for key in keys if key in entry} for entry in history if "loss" in entry],
         "evaluations": [{"step": entry["step"], **entry["evaluation"]} for entry in history if "evaluation" in entry],
         "thresholds": [entry for entry in history if "thresholds" in entry],
     }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cats_llm import distributed
 from cats_llm.evaluation.scoring import exp
 from cats_llm.evaluation.sparsity import SparsityCounter
+from cats_llm.model.structure import eval_mode
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.training.data import IGNORED, Example, collate
 
@@ -45,15 +46,13 @@ def evaluate(
     device = next(p.device for p in model.parameters())
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     loss, tokens, right = 0.0, 0, 0
-    training = model.training
-    model.eval()
     # where weights are sharded, every process must call the model equally often
     for round_ in range(math.ceil(len(batches) / world)):
         index = round_ * world + rank
         mine = index < len(batches)
         batch = {name: value.to(device) for name, value in collate(batches[index if mine else 0]).items()}
         labels = batch.pop("labels")[:, 1:]
-        with context(), counter if mine else nullcontext():
+        with eval_mode(model), context(), counter if mine else nullcontext():
             logits = (wrapped or model)(**batch, use_cache=False).logits[:, :-1]
         if mine:
             wanted = labels != IGNORED
@@ -61,7 +60,6 @@ def evaluate(
                 loss += float(F.cross_entropy(rows.float(), targets, reduction="sum"))
                 tokens += len(targets)
             right += int(((logits.argmax(-1) == labels) | ~wanted).all(1).sum())
-    model.train(training)
     losses, all_tokens, rights = zip(*distributed.gather((loss, tokens, right)), strict=True)
     tokens = sum(all_tokens)
     mean = sum(losses) / tokens
