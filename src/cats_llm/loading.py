@@ -51,6 +51,29 @@ def _dtype(text: str) -> str:
     return text
 
 
+def _device_option() -> Any:
+    return option(
+        None,
+        help="cpu, cuda, cuda:1, or auto to spread over all. Default: the GPU if there is one.",
+        parse=parse_device,
+        panel=Panel.DATA,
+    )
+
+
+def _dtype_option() -> Any:
+    return option(
+        "auto", help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own.", parse=_dtype, panel=Panel.DATA
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is computed, and in what dtype, for commands that know which model."""
+
+    device: str | None = _device_option()
+    dtype: str = _dtype_option()
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Which model, and in what form it is loaded."""
@@ -58,15 +81,8 @@ class ModelSource:
     model: str = option(help="A folder, or a name on the hub.", positional=True, metavar="MODEL")
     revision: str | None = option(None, help="Branch, tag or commit of a model on the hub.", panel=Panel.DATA)
     trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.", panel=Panel.DATA)
-    device: str | None = option(
-        None,
-        help="cpu, cuda, cuda:1, or auto to spread over all. Default: the GPU if there is one.",
-        parse=parse_device,
-        panel=Panel.DATA,
-    )
-    dtype: str = option(
-        "auto", help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own.", parse=_dtype, panel=Panel.DATA
-    )
+    device: str | None = _device_option()
+    dtype: str = _dtype_option()
 
     def load(self) -> Any:
         """The model with its weights, see `load_model`."""

@@ -12,6 +12,7 @@ import pytest
 
 from cats_llm.cli import report as command
 from cats_llm.cli.main import main
+from cats_llm.cli.options import Results
 from cats_llm.report import (
     MissingExtraError,
     ReportInputs,
@@ -191,7 +192,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     out.write_text("old")
     monkeypatch.setattr(command, "render_page", fail)
     with pytest.raises(OSError, match="disk full"):
-        command.command([file], output=out, force=True)
+        command.command([file], Results(force=True), output=out)
     assert out.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [file, out]
 

@@ -7,20 +7,21 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from cats_llm.cli import options
+from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, show_progress, table, track
+from cats_llm.cli.signature import Defaults
 from cats_llm.demo import run_demo
+from cats_llm.loading import Placement
 from cats_llm.number_format import MISSING, change, fixed, percent, target
 from cats_llm.outputs import command_line
 
 
 def command(
-    results: options.Results,
+    results: Results,
+    place: Annotated[Placement, Defaults(dtype="float32")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("cats-demo"),
     samples: Annotated[int, typer.Option(min=1, help="Sequences of 512 tokens to calibrate and to evaluate on.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuations.")] = 60,
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
 ) -> None:
     """Calibrate, sparsify, save, reload, evaluate and generate with the bundled model, and write a report.
 
@@ -36,8 +37,8 @@ def command(
         out,
         samples=samples,
         max_new_tokens=max_new_tokens,
-        device=device,
-        dtype=dtype,
+        device=place.device,
+        dtype=place.dtype,
         force=results.force,
         command=command_line(),
         track=track,

@@ -1,30 +1,11 @@
-"""Options that several commands share, and what they are turned into."""
+"""Options that all commands share: where results go."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from cats_llm import loading
-from cats_llm.dtypes import DTYPE_NAMES
-from cats_llm.errors import CatsError
 from cats_llm.options import Panel, option
 from cats_llm.outputs import check_output, write_json
-
-
-def _dtype(text: str) -> str:
-    if text not in DTYPE_NAMES:
-        raise typer.BadParameter(f"{text!r} is none of {', '.join(DTYPE_NAMES)}.")
-    return text
-
-
-def parse_device(text: str) -> str:
-    """The text as a device that is there; anything else is wrong usage."""
-    try:
-        return loading.parse_device(text)
-    except CatsError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -48,18 +29,3 @@ class Results:
         """Write the JSON file, if one was asked for."""
         if self.json is not None:
             write_json(self.json, results, self.force)
-
-
-Device = Annotated[
-    str | None,
-    typer.Option(
-        parser=parse_device,
-        metavar="DEVICE",
-        show_default=False,
-        help="cpu, cuda, cuda:1, or auto to spread over all. Default: the GPU if there is one.",
-    ),
-]
-Dtype = Annotated[
-    str, typer.Option(parser=_dtype, metavar="DTYPE", help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace existing outputs.")]

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from cats_llm.cli import options
+from cats_llm.cli.options import Results
 from cats_llm.cli.output import show
-from cats_llm.outputs import check_output, write_file
+from cats_llm.cli.signature import Without
+from cats_llm.outputs import write_file
 from cats_llm.report import markdown, read_files, render_page, require_extra, write_figures
 from cats_llm.report.page import headline
 
@@ -23,6 +24,7 @@ def command(
             show_default=False,
         ),
     ],
+    outputs: Annotated[Results, Without("json")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     figures: Annotated[
         Path | None,
@@ -37,7 +39,6 @@ def command(
             show_default=False,
         ),
     ] = None,
-    force: options.Force = False,
 ) -> None:
     """Show what sparsity costs and gains: one page with figures and tables from any mix of result files.
 
@@ -47,21 +48,19 @@ def command(
 
     Example: **cats report mistral.json mistral.safetensors decode.json -o mistral.html --figures figures**
     """
-    for path in (output, figures, markdown_file):
-        if path is not None and path != _STDOUT:
-            check_output(path, force)
+    outputs.check(output, figures, None if markdown_file == _STDOUT else markdown_file)
     require_extra()
     inputs = read_files(results)
     document, tables = render_page(inputs), markdown(inputs)
-    with write_file(output, force) as temporary:
+    with write_file(output, outputs.force) as temporary:
         temporary.write_text(document, encoding="utf-8", errors="backslashreplace")
     if figures is not None:
-        write_figures(inputs, figures, force)
+        write_figures(inputs, figures, outputs.force)
     if markdown_file == _STDOUT:
         print(tables, end="")
         return
     if markdown_file is not None:
-        with write_file(markdown_file, force) as temporary:
+        with write_file(markdown_file, outputs.force) as temporary:
             temporary.write_text(tables, encoding="utf-8", errors="backslashreplace")
     for sentence in headline(inputs):
         show(sentence)
