@@ -112,6 +112,8 @@ def docstring(app, what, name, thing, options, lines) -> None:
         if own:
             out += ["", "Attributes:", *(f"    {field.name}: {field.option.help}" for field in own)]
     lines[:] = [_text(line, name) for line in out]
+    if what == "property":  # napoleon would read the first line as "type: description"
+        lines[0] = lines[0].replace(": ", "\N{RATIO} ")
 
 
 def source_links(app, name, content) -> None:
