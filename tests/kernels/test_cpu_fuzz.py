@@ -5,10 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cats_llm.kernels import cpu
 from cats_llm.kernels.definition import ACTIVATIONS
 from cats_llm.kernels.operators import gated_mlp
-from kernel_cases import DTYPES, ISAS, make
+from kernel_cases import DTYPES, ISAS, make, use_isa
 from marks import needs_kernels
 
 pytestmark = [
@@ -42,7 +41,7 @@ drawn = st.fixed_dictionaries(
 @given(case=drawn, isa=st.sampled_from(ISAS or ["none"]), seed=st.integers(0, 2**32 - 1))
 def test_any_case_equals_the_definition(case, isa, seed):
     torch.manual_seed(seed)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         make(**case).check()
 
 
@@ -59,7 +58,7 @@ special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40, 65504.0, 3e38, float("in
 )
 def test_special_values_give_what_ieee_arithmetic_gives(values, threshold, dtype, activation, isa):
     x, gate, up, down = (torch.tensor([[v]]).to(dtype) for v in values)
-    with cpu.use_isa(isa):
+    with use_isa(isa):
         y = gated_mlp(x, gate, up, down.t(), torch.tensor(threshold), activation)
     g = (x.float() * gate.float()).to(dtype).float()
     a = ACTIVATIONS[activation](g.double()).float()

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cats_llm.kernels import cpu, definition, operators
+from cats_llm.kernels import definition, operators
 from cats_llm.kernels.definition import ACTIVATIONS
-from kernel_cases import DTYPES, ISAS, Case, make
+from kernel_cases import DTYPES, ISAS, Case, make, use_isa
 from marks import needs_kernels
 
 pytestmark = needs_kernels
@@ -18,7 +18,7 @@ INF, NAN = float("inf"), float("nan")
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request, one_thread):
     torch.manual_seed(0)
-    with cpu.use_isa(request.param):
+    with use_isa(request.param):
         yield request.param
 
 

@@ -12,6 +12,7 @@ import torch
 from cats_llm.kernels import cpu
 from cats_llm.kernels.cpu import library
 from cats_llm.kernels.operators import linear
+from kernel_cases import use_isa
 from marks import needs_kernels
 
 FLAGS = {
@@ -39,7 +40,7 @@ def test_each_instruction_set_is_faster_than_plain_code(name, one_thread):
     x, w = torch.randn(4, 1024).bfloat16(), torch.randn(256, 1024).bfloat16()
 
     def seconds(isa: str) -> float:
-        with cpu.use_isa(isa):
+        with use_isa(isa):
             return min(timed(lambda: linear(x, w)) for _ in range(30))
 
     assert 2 * seconds(name) < seconds("portable")
@@ -54,7 +55,7 @@ def timed(run) -> float:
 @needs_kernels
 def test_use_isa_switches_and_returns():
     before = cpu.isa()
-    with cpu.use_isa("portable"):
+    with use_isa("portable"):
         assert cpu.isa() == "portable"
     assert cpu.isa() == before
     with pytest.raises(ValueError, match=r"does not run 'sse9'; it runs portable"):

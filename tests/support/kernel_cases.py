@@ -4,6 +4,8 @@ Inputs are small multiples of powers of two, so every dot product is exact in fl
 are active is then no matter of rounding, and outputs can be held to a few units in the last place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -16,6 +18,17 @@ from cats_llm.kernels.operators import gated_mlp
 
 ISAS = cpu.available_isas()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Use another instruction set for a while."""
+    before = cpu.isa()
+    cpu.set_isa(name)
+    try:
+        yield
+    finally:
+        cpu.set_isa(before)
 
 
 class Expected(NamedTuple):

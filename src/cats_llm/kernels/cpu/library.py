@@ -4,8 +4,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -58,17 +57,6 @@ def set_isa(name: str) -> None:
     """Use another instruction set, in the whole process."""
     if not (_library and _library.cats_cpu_set_isa(name.encode())):
         raise ValueError(f"this CPU does not run {name!r}; it runs {', '.join(available_isas()) or 'none'}")
-
-
-@contextmanager
-def use_isa(name: str) -> Iterator[None]:
-    """Use another instruction set for a while."""
-    before = isa()
-    set_isa(name)
-    try:
-        yield
-    finally:
-        set_isa(before)
 
 
 if _library and (_name := os.environ.get(ISA_VARIABLE)):
