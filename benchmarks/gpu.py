@@ -18,22 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cats_llm.benchmark import cuda, machine
 from cats_llm.benchmark.config import DecodeBench, MLPBench
-from cats_llm.benchmark.cuda_check import check_mlp
 from cats_llm.benchmark.cuda_decode import MODES, bench_cuda_decode
-from cats_llm.benchmark.cuda_mlp import bench_cuda_mlp
-from cats_llm.benchmark.models import random_model
-from cats_llm.benchmark.shapes import SHAPES, Shape
-from cats_llm.benchmark.tables import CUDA_DECODE, CUDA_MLP, as_text, table
+from cats_llm.benchmark.mlp import DENSE, bench_cuda_mlp, kernel_of
+from cats_llm.benchmark.models import SHAPES, MLPs, Shape, random_model, thresholds_for
+from cats_llm.benchmark.tables import CUDA_DECODE, CUDA_MLP, Table, table
+from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.dtypes import dtype_name
+from cats_llm.kernels.definition import ACTIVATIONS, gate_activation, gated_mlp, keep_mask
+from cats_llm.model.sparsify import sparsify
+from cats_llm.model.structure import find_gated_mlps
 from cats_llm.outputs import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("check", "mlp", "prefill", "decode", "tests")
 KS = [0.0, 0.5, 0.7, 0.9]
 DEVICE = "cuda"
+UNDECIDED = 1e-5  # an activation so near the threshold may fall on either side, by the order of a sum
 
 
 class Run:
@@ -118,6 +123,68 @@ def check(run: Run) -> None:
     run.say(f"{len(rows)} checks against float64, {len(bad)} failed")
 
 
+@torch.no_grad()
+def check_mlp(shape: Shape, dtype: torch.dtype, sparsities: list[float], tokens: int) -> list[dict[str, Any]]:
+    """Compare one sparse MLP of a shape with the definition in float64, the gate rounded to ``dtype`` as it says.
+
+    Returns:
+        A row for each sparsity. ``error`` and ``plain_error`` are those of the model's MLP and of the plain definition
+        in ``dtype``, ``undecided`` what the neurons at the threshold are worth, all relative to the norm of the result.
+        ``same_bits`` means in two runs and in a replayed graph whose input was changed after its capture. ``right``: no
+        less exact than twice the plain definition and, if the kernel is ours, the same bits.
+    """
+    torch.manual_seed(0)
+    model = MLPs(shape, 1, dtype, DEVICE)
+    x = torch.randn(tokens, shape.hidden_size, device=DEVICE).to(dtype)
+    mlp = find_gated_mlps(model)[0]
+    module: Any = mlp.module
+    gate, up, down = (linear.weight.clone() for linear in (module.gate_proj, module.up_proj, module.down_proj))
+    thresholds, _ = thresholds_for(mlp.gate_linear(x), sparsities)
+    rows = []
+    for k, at in zip(sparsities, thresholds, strict=True):
+        threshold = at * (1 - 1e-4)  # beside the activation that it was taken from
+        sparsify(model, CatsConfig({0: float(threshold)}, sparsity=k, layer_sparsity={0: k}))
+
+        truth = exact(x, gate, up, down, threshold)
+        y = model(x)[0]
+        held = torch.zeros_like(x)
+        results: list[Tensor] = []
+        replay = cuda.captured(lambda held=held, results=results: results.append(model(held)[0]))  # type: ignore[misc]
+        held.copy_(x)
+        replay()
+        errors = {
+            "error": y.double() - truth,
+            "plain_error": gated_mlp(x, gate, up, down, threshold).double() - truth,
+            "undecided": exact(x, gate, up, down, threshold - UNDECIDED)
+            - exact(x, gate, up, down, threshold + UNDECIDED),
+        }
+        sizes = {name: float(error.norm() / truth.norm()) for name, error in errors.items()}
+        bound = 2 * sizes["plain_error"] + sizes["undecided"] + torch.finfo(dtype).eps
+        same = torch.equal(y, model(x)[0]) and torch.equal(y, results[-1])
+        kernel = kernel_of(model, tokens, k)
+        rows.append(
+            {
+                "shape": shape.name,
+                "dtype": dtype_name(dtype),
+                "tokens": tokens,
+                "sparsity": k,
+                "kernel": kernel,
+                **sizes,
+                "same_bits": same,
+                "right": sizes["error"] <= bound and (same or kernel == DENSE),
+            }
+        )
+    return rows
+
+
+def exact(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, threshold: Tensor) -> Tensor:
+    """The definition in float64; only the gate is rounded, since that decides which neurons are kept."""
+    gate = F.linear(x.double(), w_gate.double()).to(x.dtype)
+    a = gate_activation(gate, ACTIVATIONS["silu"])
+    kept = torch.where(keep_mask(a, threshold), a, 0.0).double()
+    return F.linear(kept * F.linear(x.double(), w_up.double()), w_down.double())
+
+
 def tests(run: Run) -> None:
     """The kernels' own tests for a GPU, if pytest is there."""
     files = sorted(str(file) for file in (ROOT / "tests" / "kernels").glob("test_gpu_*.py"))
@@ -195,6 +262,15 @@ def figures(run: Run) -> None:
         if run.results.get(section):
             for ending in (".svg", ".png"):
                 write_figure(kind, run.results[section], run.args.out / f"gpu-{section}{ending}", force=True)
+
+
+def as_text(lines: Table) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = [[c.rjust(width) for c, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *right[1:]]) for line, right in zip(lines, padded, strict=True)
+    )
 
 
 def tables(run: Run) -> None:

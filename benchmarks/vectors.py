@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from cats_llm.benchmark import cuda, machine
-from cats_llm.benchmark.cuda_mlp import kernel_of
-from cats_llm.benchmark.models import MLPs, copy_sharing_weights, thresholds_for
-from cats_llm.benchmark.shapes import SHAPES
+from cats_llm.benchmark.mlp import kernel_of
+from cats_llm.benchmark.models import SHAPES, MLPs, copy_sharing_weights, thresholds_for
 from cats_llm.benchmark.timing import Quartiles, interleave, ratio
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import LayerTensors

@@ -8,8 +8,7 @@ import torch
 import cats_llm
 from cats_llm.benchmark.bench import bench_decode, bench_mlp
 from cats_llm.benchmark.config import DecodeBench, MLPBench
-from cats_llm.benchmark.models import random_model
-from cats_llm.benchmark.shapes import SHAPES, Shape, parse_shape
+from cats_llm.benchmark.models import SHAPES, Shape, parse_shape, random_model
 from cats_llm.benchmark.timing import Quartiles, interleave, ratio
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
@@ -89,7 +88,7 @@ def test_bench_decode_leaves_the_model_as_it_was(batch):
 
 @needs_kernels
 def test_the_commands(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cats_llm.benchmark.cpu_mlp._WORKING_SET", 0)
+    monkeypatch.setattr("cats_llm.benchmark.mlp._WORKING_SET", 0)
     files = ("--json", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.svg"))
     assert main(["bench", "mlp", "--shape", "64,96", "--rounds", "1", "--threads", "1,2", *files]) == 0
     assert "k = 0.9" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """The GPU benchmarks' structure and arithmetic, with a CPU and its clock in the GPU's place; never how fast it is."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -13,15 +12,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from cats_llm.benchmark import cuda, cuda_check
+from cats_llm.benchmark import cuda
 from cats_llm.benchmark.config import DecodeBench, MLPBench
-from cats_llm.benchmark.cuda_check import check_mlp
 from cats_llm.benchmark.cuda_decode import MODES, bench_cuda_decode
-from cats_llm.benchmark.cuda_mlp import DENSE, bench_cuda_mlp
-from cats_llm.benchmark.metrics import speed
-from cats_llm.benchmark.models import MLPs, copy_sharing_weights, random_model
-from cats_llm.benchmark.shapes import SHAPES, Shape
-from cats_llm.benchmark.tables import CUDA_DECODE, CUDA_MLP, as_text, table
+from cats_llm.benchmark.mlp import DENSE, bench_cuda_mlp
+from cats_llm.benchmark.models import SHAPES, MLPs, Shape, copy_sharing_weights, random_model
+from cats_llm.benchmark.tables import CUDA_DECODE, CUDA_MLP, table
+from cats_llm.benchmark.timing import speed
 from cats_llm.cli.main import main
 from cats_llm.model.sparsify import sparse_mlps, thresholds
 from cats_llm.model.structure import find_gated_mlps
@@ -46,7 +43,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(cuda, "elapsed", lambda start, end: end - start)
     monkeypatch.setattr(cuda, "name", lambda device: "a GPU")
     monkeypatch.setattr(cuda, "captured", lambda work: work)
-    monkeypatch.setattr(cuda_check, "captured", lambda work: work)
     monkeypatch.setattr(cuda, "kernel_times", lambda work: (work(), {"a kernel": 8e-6})[1])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -155,31 +151,6 @@ def test_copies_share_weights_but_no_compiled_form():
         assert own == ({"model.layers.0.mlp.down_proj.weight"} if but_down else set())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.usefixtures("clock")
-def test_check_passes_what_is_right(dtype, tokens):
-    rows = check_mlp(Shape("t", 64, 1000), dtype, [0.0, 0.5, 0.9], tokens, "cpu")
-    assert [row["sparsity"] for row in rows] == [0.0, 0.5, 0.9]
-    assert all(row["right"] for row in rows), rows
-
-
-@pytest.mark.usefixtures("clock")
-def test_check_finds_what_is_wrong(monkeypatch):
-    forward = MLPs.forward
-    monkeypatch.setattr(MLPs, "forward", lambda self, x: [y * 1.001 for y in forward(self, x)])
-    assert not any(row["right"] for row in check_mlp(TINY, torch.float32, [0.5], 1, "cpu"))
-
-
-@needs_kernels
-@pytest.mark.usefixtures("clock")
-def test_check_finds_other_bits(monkeypatch):
-    forward, calls = MLPs.forward, iter(range(100))
-    monkeypatch.setattr(MLPs, "forward", lambda self, x: [y * (1 + 2e-7 * (next(calls) % 2)) for y in forward(self, x)])
-    rows = check_mlp(TINY, torch.float32, [0.5], 1, "cpu")
-    assert [(row["same_bits"], row["right"]) for row in rows] == [(False, False)]
-
-
 def test_the_stack_of_mlps_is_found_and_shared():
     stack = MLPs(TINY, 3, torch.float32, "cpu")
     assert [mlp.layer for mlp in find_gated_mlps(stack)] == [0, 1, 2]
@@ -223,7 +194,6 @@ def test_tables():
     assert lines[1][9:] == ["1.00", "-", "1.00", "1.50"]
     lines = table(decode, CUDA_DECODE)
     assert lines[1] == ["k = 0.5", "1", "-", "8.00", "7.00 to 9.00", "3.35", "3.00", "75%", "1.00", "1.00", "1.50"]
-    assert as_text([["name", "x"], ["a", "10.0"]]) == "name     x\na     10.0"
 
 
 def test_figures(tmp_path):
@@ -322,9 +292,30 @@ def script(monkeypatch, clock):
     monkeypatch.setattr(module.cuda, "bandwidths", lambda device: {"copy": COPY, "read": COPY})
     monkeypatch.setattr(module, "SHAPES", {"mistral-7b": TINY, "other": Shape("64,128", 64, 128), "twin": TINY})
     monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "check_mlp", functools.partial(check_mlp, device="cpu"))
     monkeypatch.setattr(module, "random_model", lambda shape, layers, dtype, device: random_model(TINY, layers, dtype))
     return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_check_passes_what_is_right(script, dtype, tokens):
+    rows = script.check_mlp(Shape("t", 64, 1000), dtype, [0.0, 0.5, 0.9], tokens)
+    assert [row["sparsity"] for row in rows] == [0.0, 0.5, 0.9]
+    assert all(row["right"] for row in rows), rows
+
+
+def test_check_finds_what_is_wrong(script, monkeypatch):
+    forward = MLPs.forward
+    monkeypatch.setattr(MLPs, "forward", lambda self, x: [y * 1.001 for y in forward(self, x)])
+    assert not any(row["right"] for row in script.check_mlp(TINY, torch.float32, [0.5], 1))
+
+
+@needs_kernels
+def test_check_finds_other_bits(script, monkeypatch):
+    forward, calls = MLPs.forward, iter(range(100))
+    monkeypatch.setattr(MLPs, "forward", lambda self, x: [y * (1 + 2e-7 * (next(calls) % 2)) for y in forward(self, x)])
+    rows = script.check_mlp(TINY, torch.float32, [0.5], 1)
+    assert [(row["same_bits"], row["right"]) for row in rows] == [(False, False)]
 
 
 def run(module, monkeypatch, *arguments):
@@ -368,6 +359,10 @@ def test_ways_to_decode_are_left_out_when_time_is_up(script, tmp_path, monkeypat
     results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert results["left_out"] == [f"decode: {mode}" for mode in MODES]
     assert "left out for time" in capsys.readouterr().out
+
+
+def test_tables_for_a_terminal(script):
+    assert script.as_text([["name", "x"], ["a", "10.0"]]) == "name     x\na     10.0"
 
 
 def test_every_shape_is_measured_once(script, monkeypatch):

@@ -9,8 +9,7 @@ import cats_llm
 from cats_llm import CatsConfig, bundled
 from cats_llm.benchmark.config import DecodeBench
 from cats_llm.benchmark.cpu_decode import bench_cpu_decode
-from cats_llm.benchmark.models import random_model
-from cats_llm.benchmark.shapes import Shape
+from cats_llm.benchmark.models import Shape, random_model
 from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.checkpoint.write import write_checkpoint
 from cats_llm.cli.main import main

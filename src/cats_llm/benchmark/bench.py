@@ -10,10 +10,9 @@ import torch
 from cats_llm.benchmark import cuda, machine, tables
 from cats_llm.benchmark.config import DecodeBench, MLPBench
 from cats_llm.benchmark.cpu_decode import bench_cpu_decode
-from cats_llm.benchmark.cpu_mlp import bench_cpu_mlp
 from cats_llm.benchmark.cuda_decode import bench_cuda_decode
-from cats_llm.benchmark.cuda_mlp import bench_cuda_mlp
-from cats_llm.benchmark.shapes import parse_shape
+from cats_llm.benchmark.mlp import bench_cpu_mlp, bench_cuda_mlp
+from cats_llm.benchmark.models import parse_shape
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
 from cats_llm.kernels import cpu
@@ -50,7 +49,7 @@ def bench_mlp(config: MLPBench, track: Track = untracked, working_set: int | Non
     title = f"one MLP of {shape.name} ({shape.hidden_size} x {shape.intermediate_size}), "
     rows: list[dict[str, Any]] = []
     if config.device == "cpu":
-        check_cpu_kernels()
+        _check_cpu_kernels()
         for threads, tokens in track(config.cpu_settings, "measuring", len(config.cpu_settings)):
             with _thread_count(threads):
                 rows += bench_cpu_mlp(config, tokens, working_set)
@@ -84,7 +83,7 @@ def bench_decode(
         CatsError: the CPU kernels are not built, or the model or profile cannot be loaded.
     """
     if config.device == "cpu":
-        check_cpu_kernels()
+        _check_cpu_kernels()
     model, name = (model, str(config.model)) if model is not None else config.load()
     if profile is None and config.profile is not None:
         profile = Profile.load(config.profile)
@@ -112,12 +111,7 @@ def bench_decode(
     return BenchResult(f"{name}, {config.dtype}, {cuda.title(config.device, memory)}", record, shown)
 
 
-def check_cpu_kernels() -> None:
-    """Refuse to measure what is not there.
-
-    Raises:
-        CatsError: the CPU kernels are not built.
-    """
+def _check_cpu_kernels() -> None:
     if not cpu.BACKEND.available():
         raise CatsError("the CPU kernels are not built here; install cats-llm with a C++ compiler at hand.")
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from cats_llm.benchmark.models import random_model
-from cats_llm.benchmark.shapes import SHAPES, parse_shape
+from cats_llm.benchmark.models import SHAPES, parse_shape, random_model
 from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.dtypes import DTYPE_NAMES, DTYPES
 from cats_llm.errors import CatsError

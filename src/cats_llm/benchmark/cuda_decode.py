@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 
 from cats_llm.benchmark import cuda
 from cats_llm.benchmark.config import DecodeBench
-from cats_llm.benchmark.decode import prompt_and_profile, read_shares
-from cats_llm.benchmark.metrics import speed
+from cats_llm.benchmark.decode import decode_row, generate, prompt_and_profile, read_shares
 from cats_llm.benchmark.models import copy_sharing_weights
 from cats_llm.benchmark.timing import Quartiles, interleave
 from cats_llm.calibration.profile import Profile
@@ -19,7 +19,6 @@ from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.integrations.generation import graph_decode
 from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparsify import set_thresholds, sparsify
-from cats_llm.model.weight_traffic import bytes_per_token
 
 _PROMPT = 32  # more tokens than decode kernels serve
 
@@ -101,26 +100,22 @@ def bench_cuda_decode(
     if "one step" in modes:
         steps = {m: _Step(m, prompt, tokens) for m in (model, *(models["all", k] for k in ks))}
 
-    def runner(candidate: _Candidate) -> Callable[[int], float]:
+    def run(candidate: _Candidate, turn: int) -> float:
         k = candidate.k
         used = model if k is None else models[candidate.part, k]
-
-        def run(turn: int) -> float:
-            if turn < len(candidates):
-                announce(f"preparing {candidate.name}")  # this is where it is compiled
-            if k is not None:
-                set_thresholds(used, configs[k].thresholds, configs[k].vectors)
-            if candidate.mode == "one step":
-                return steps[used].seconds()
-            return _seconds_a_token(used, prompt, tokens, candidate.mode)
-
-        return run
+        if turn < len(candidates):
+            announce(f"preparing {candidate.name}")  # this is where it is compiled
+        if k is not None:
+            set_thresholds(used, configs[k].thresholds, configs[k].vectors)
+        if candidate.mode == "one step":
+            return steps[used].seconds()
+        return _seconds_a_token(used, prompt, tokens, candidate.mode)
 
     candidates = {c.name: c for c in _candidates(ks, typical, modes)}
     # one code object serves all these models; none may get a form that is more general than it would be alone
     alone = {"recompile_limit": 64, "automatic_dynamic_shapes": False, "specialize_float": True}
     with torch._dynamo.config.patch(alone):
-        seconds = interleave({name: runner(c) for name, c in candidates.items()}, config.rounds)
+        seconds = interleave({name: partial(run, c) for name, c in candidates.items()}, config.rounds)
         kernels = {}
         if steps:
             announce("listing the kernels of a step")
@@ -130,26 +125,17 @@ def bench_cuda_decode(
                 kernels[f"k = {k}"] = steps[models["all", k]].kernels()
     rows = []
     for name, candidate in candidates.items():
-        share = {} if candidate.k is None else shares[candidate.k]
-        vectors = None if candidate.k is None else configs[candidate.k].vectors
-        moved = bytes_per_token(model, {layer: 1 - value for layer, value in share.items()}, vectors)
-        row = speed(seconds, name, moved.sparse, moved.dense, candidate.references, "ms_per_step")
-        rows.append(
-            {
-                "contestant": name,
-                "device": cuda.name(model.device),
-                "mode": candidate.mode,
-                "part": candidate.part,
-                "batch": batch,
-                "rounds": config.rounds,
-                "tokens": tokens,
-                "sparsity_decoded": 1 - sum(share.values()) / len(share) if share else None,
-                "tokens_per_second": batch / Quartiles.of(seconds[name]).median,
-                **row,
-                "floor_ms": 1e3 * moved.sparse / copy_bandwidth,
-                "share_of_copy_bandwidth": 1e9 * row["gb_per_s"] / copy_bandwidth,
-            }
-        )
+        used, read = (None, {}) if candidate.k is None else (configs[candidate.k], shares[candidate.k])
+        row = decode_row(model, seconds, name, batch, used, read, candidate.references)
+        row |= {
+            "device": cuda.name(model.device),
+            "mode": candidate.mode,
+            "part": candidate.part,
+            "tokens": tokens,
+            "floor_ms": 1e3 * row["bytes"] / copy_bandwidth,
+            "share_of_copy_bandwidth": 1e9 * row["gb_per_s"] / copy_bandwidth,
+        }
+        rows.append(row)
     return {"rows": rows, "kernels": kernels, "tuned_for": None if retune else typical}
 
 
@@ -196,15 +182,7 @@ def _seconds_a_token(model: Any, prompt: Tensor, tokens: int, mode: str) -> floa
     marks: list[Any] = []
     static = {} if mode == "generate, eager" else {"cache_implementation": "static"}
     loop = {"custom_generate": graph_decode} if mode == "graph_decode" else {}
-    model.generate(
-        prompt,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        logits_processor=_marking(marks),
-        **static,
-        **loop,
-    )
+    generate(model, prompt, tokens, logits_processor=_marking(marks), **static, **loop)
     return _median(marks)
 
 

@@ -1,100 +1,81 @@
 """Rows of results as tables: a header, then a line a row, all of it text."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-Row = Mapping[str, Any]
 Table = list[list[str]]
-Columns = Mapping[str, Callable[[Row], str]]
-"""By the header: the text of a cell."""
-
-
-def _text(key: str) -> Callable[[Row], str]:
-    return lambda row: str(row[key])
-
-
-def _number(key: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
-    """A number or the median of several; a dash for None."""
-
-    def text(row: Row) -> str:
-        value = row[key]
-        value = value["median"] if isinstance(value, Mapping) else value
-        return "-" if value is None else f"{scale * value:.{digits}f}"
-
-    return text
-
-
-def _quartiles(key: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
-    return lambda row: f"{scale * row[key]['low']:.{digits}f} to {scale * row[key]['high']:.{digits}f}"
-
-
-def _percent(key: str, digits: int = 0) -> Callable[[Row], str]:
-    number = _number(key, digits, 100)
-
-    def text(row: Row) -> str:
-        value = number(row)
-        return value if value == "-" else f"{value}%"
-
-    return text
-
+Columns = Mapping[str, str]
+"""By the header: how a row's entries are written, as `str.format` reads it."""
 
 CPU_MLP: Columns = {
-    "contestant": _text("contestant"),
-    "threads": _text("threads"),
-    "batch": _text("tokens"),
-    "ms": _number("ms", 2),
-    "quartiles": _quartiles("ms", 2),
-    "GB/s": _number("gb_per_s", 1),
-    "of read": _percent("share_of_read_bandwidth"),
-    "x torch": _number("speedup_over_torch", 2),
-    "x own dense": _number("speedup_over_own_dense", 2),
-    "bound": _number("byte_bound", 2),
+    "contestant": "{contestant}",
+    "threads": "{threads}",
+    "batch": "{tokens}",
+    "ms": "{ms[median]:.2f}",
+    "quartiles": "{ms[low]:.2f} to {ms[high]:.2f}",
+    "GB/s": "{gb_per_s:.1f}",
+    "of read": "{share_of_read_bandwidth[median]:.0%}",
+    "x torch": "{speedup_over_torch[median]:.2f}",
+    "x own dense": "{speedup_over_own_dense[median]:.2f}",
+    "bound": "{byte_bound:.2f}",
 }
 CUDA_MLP: Columns = {
-    "contestant": _text("contestant"),
-    "shape": _text("shape"),
-    "dtype": _text("dtype"),
-    "tokens": _text("tokens"),
-    "kernel": lambda row: row["kernel"] or "-",
-    "us": _number("ms", 1, 1e3),
-    "quartiles": _quartiles("ms", 1, 1e3),
-    "TB/s": _number("gb_per_s", 2, 1e-3),
-    "of copy": _percent("share_of_copy_bandwidth"),
-    "x torch": _number("speedup_over_torch", 2),
-    "x torch eager": _number("speedup_over_torch_eager", 2),
-    "x own k=0": _number("speedup_over_own_dense", 2),
-    "bytes allow": _number("byte_bound", 2),
+    "contestant": "{contestant}",
+    "shape": "{shape}",
+    "dtype": "{dtype}",
+    "tokens": "{tokens}",
+    "kernel": "{kernel:s}",
+    "us": "{us[median]:.1f}",
+    "quartiles": "{us[low]:.1f} to {us[high]:.1f}",
+    "TB/s": "{tb_per_s:.2f}",
+    "of copy": "{share_of_copy_bandwidth:.0%}",
+    "x torch": "{speedup_over_torch[median]:.2f}",
+    "x torch eager": "{speedup_over_torch_eager[median]:.2f}",
+    "x own k=0": "{speedup_over_own_dense[median]:.2f}",
+    "bytes allow": "{byte_bound:.2f}",
 }
 CPU_DECODE: Columns = {
-    "contestant": _text("contestant"),
-    "threads": _text("threads"),
-    "batch": _text("batch"),
-    "skipped": _percent("sparsity_decoded", 1),
-    "ms a step": _number("ms_per_step", 2),
-    "tokens/s": _number("tokens_per_second", 1),
-    "GB/s": _number("gb_per_s", 1),
-    "of read": _percent("share_of_read_bandwidth"),
-    "x stock": _number("speedup_over_stock", 2),
-    "x own": _number("speedup_over_own_dense", 2),
+    "contestant": "{contestant}",
+    "threads": "{threads}",
+    "batch": "{batch}",
+    "skipped": "{sparsity_decoded:.1%}",
+    "ms a step": "{ms_per_step[median]:.2f}",
+    "tokens/s": "{tokens_per_second:.1f}",
+    "GB/s": "{gb_per_s:.1f}",
+    "of read": "{share_of_read_bandwidth:.0%}",
+    "x stock": "{speedup_over_stock[median]:.2f}",
+    "x own": "{speedup_over_own_dense[median]:.2f}",
 }
 CUDA_DECODE: Columns = {
-    "contestant": _text("contestant"),
-    "batch": _text("batch"),
-    "skipped": _percent("sparsity_decoded", 1),
-    "ms a token": _number("ms_per_step", 2),
-    "quartiles": _quartiles("ms_per_step", 2),
-    "floor ms": _number("floor_ms", 2),
-    "TB/s": _number("gb_per_s", 2, 1e-3),
-    "of copy": _percent("share_of_copy_bandwidth"),
-    "x stock": _number("speedup_over_stock", 2),
-    "x own k=0": _number("speedup_over_own_dense", 2),
-    "bytes allow": _number("byte_bound", 2),
+    "contestant": "{contestant}",
+    "batch": "{batch}",
+    "skipped": "{sparsity_decoded:.1%}",
+    "ms a token": "{ms_per_step[median]:.2f}",
+    "quartiles": "{ms_per_step[low]:.2f} to {ms_per_step[high]:.2f}",
+    "floor ms": "{floor_ms:.2f}",
+    "TB/s": "{tb_per_s:.2f}",
+    "of copy": "{share_of_copy_bandwidth:.0%}",
+    "x stock": "{speedup_over_stock[median]:.2f}",
+    "x own k=0": "{speedup_over_own_dense[median]:.2f}",
+    "bytes allow": "{byte_bound:.2f}",
 }
 
 
-def table(rows: Iterable[Row], columns: Columns) -> Table:
-    """Header and lines."""
-    return [list(columns), *([text(row) for text in columns.values()] for row in rows)]
+def table(rows: Iterable[Mapping[str, Any]], columns: Columns) -> Table:
+    """Header and lines; a dash for None."""
+    lines = [list(columns)]
+    for row in rows:
+        us = {name: 1e3 * ms for name, ms in row.get("ms", {}).items()}
+        entries = {**row, "us": us, "tb_per_s": row["gb_per_s"] / 1e3}
+        lines.append([_cell(pattern, entries) for pattern in columns.values()])
+    return lines
+
+
+def _cell(pattern: str, entries: Mapping[str, Any]) -> str:
+    try:
+        return pattern.format_map(entries)
+    except TypeError:  # None has no median and no digits
+        return "-"
 
 
 def cpu_breakdown(entries: list[dict[str, Any]]) -> Table:
@@ -106,16 +87,7 @@ def cpu_breakdown(entries: list[dict[str, Any]]) -> Table:
     return lines
 
 
-def cuda_kernels(entry: dict[str, Any], most: int = 10) -> Table:
+def cuda_kernels(entry: dict[str, Any]) -> Table:
     """The longest kernels of a step, from an entry of ``kernels`` of `bench_decode` on a GPU."""
     lines = [[f"GPU kernels of one step, {entry['contestant']}, batch {entry['batch']}", "us"]]
-    return lines + [[name[:100], f"{1e6 * seconds:.1f}"] for name, seconds in list(entry["seconds"].items())[:most]]
-
-
-def as_text(lines: Table) -> str:
-    """A table for a terminal: the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [[c.rjust(width) for c, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *right[1:]]) for line, right in zip(lines, padded, strict=True)
-    )
+    return lines + [[name[:100], f"{1e6 * seconds:.1f}"] for name, seconds in list(entry["seconds"].items())[:10]]

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,34 @@ def interleave(candidates: Mapping[str, Callable[[int], float | None]], rounds: 
 def ratio(numerator: list[float], denominator: list[float]) -> Quartiles:
     """The quotient, round by round."""
     return Quartiles.of(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def speed(
+    seconds: Mapping[str, list[float]],
+    name: str,
+    moved: float,
+    dense: float,
+    references: Mapping[str, str],
+    key: str = "ms",
+) -> dict[str, Any]:
+    """What a candidate's times and bytes say.
+
+    Args:
+        seconds: of all candidates, one a round.
+        name: the candidate.
+        moved: bytes that it reads.
+        dense: bytes that a dense model reads.
+        references: candidates to compare it with, by the name of the row's entry; None where one did not take part.
+        key: the entry for the milliseconds.
+    """
+    times = seconds[name]
+    return {
+        key: vars(Quartiles.of(1e3 * t for t in times)),
+        "bytes": round(moved),
+        "gb_per_s": moved / Quartiles.of(times).median / 1e9,
+        **{
+            entry: vars(ratio(seconds[other], times)) if other in seconds else None
+            for entry, other in references.items()
+        },
+        "byte_bound": dense / moved,
+    }
