@@ -89,7 +89,7 @@ def shapes_once() -> tuple[list[Shape], dict[str, str]]:
 
 def tune(run: Run) -> None:
     """Find the best configs for all MLPs that are measured. They are kept in the file of tuned configs."""
-    from cats_llm.kernels.gpu import autotune
+    from cats_llm.benchmark import autotune
 
     tuned = []
     for shape, dtype, tokens in mlp_cases(run):

@@ -102,7 +102,8 @@ def main() -> None:
                     f"with both {over['median']:.4f} of it ({over['low']:.4f} to {over['high']:.4f})",
                     flush=True,
                 )
-    device = cuda.name(args.device) if args.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+    on_gpu = args.device.startswith("cuda")
+    device = torch.cuda.get_device_name(args.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     result = {"benchmark": "vectors", "device": device, "machine": machine.facts(), "rows": rows}
     write_json(args.out, result | {"command": shlex.join(["python", *sys.argv])}, force=True)
 

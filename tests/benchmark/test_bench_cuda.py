@@ -41,7 +41,7 @@ def clock(monkeypatch):
     """The few calls that need a GPU, on a CPU."""
     monkeypatch.setattr(cuda, "mark", time.perf_counter)
     monkeypatch.setattr(cuda, "elapsed", lambda start, end: end - start)
-    monkeypatch.setattr(cuda, "name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(cuda, "captured", lambda work: work)
     monkeypatch.setattr(cuda, "kernel_times", lambda work: (work(), {"a kernel": 8e-6})[1])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)

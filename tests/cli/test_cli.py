@@ -501,8 +501,9 @@ class TestTune:
 
     @pytest.fixture
     def calls(self, monkeypatch, tmp_path):
+        from cats_llm.benchmark import autotune
         from cats_llm.kernels import gpu
-        from cats_llm.kernels.gpu import autotune, tuning
+        from cats_llm.kernels.gpu import tuning
 
         made = []
 

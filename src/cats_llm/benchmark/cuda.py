@@ -6,21 +6,31 @@ from typing import Any
 import torch
 
 from cats_llm.benchmark.timing import Quartiles
-from cats_llm.kernels.gpu.graphs import captured
 
 Work = Callable[[], object]
 
 _COPIED = 2**30  # float32 numbers: 4 GiB
 
 
-def name(device: str | torch.device) -> str:
-    """What the GPU is called."""
-    return torch.cuda.get_device_name(device)
-
-
 def title(device: str, memory: dict[str, float]) -> str:
     """The GPU and what `bandwidths` found, in words."""
-    return f"{name(device)}, copy {memory['copy'] / 1e12:.2f} TB/s"
+    return f"{torch.cuda.get_device_name(device)}, copy {memory['copy'] / 1e12:.2f} TB/s"
+
+
+def captured(work: Callable[[], Any]) -> Callable[[], None]:
+    """The work's launches as one CUDA graph; calling the result replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and allocates, which a capture must not
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def mark() -> Any:

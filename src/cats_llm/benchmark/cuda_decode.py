@@ -128,7 +128,7 @@ def bench_cuda_decode(
         used, read = (None, {}) if candidate.k is None else (configs[candidate.k], shares[candidate.k])
         row = decode_row(model, seconds, name, batch, used, read, candidate.references)
         row |= {
-            "device": cuda.name(model.device),
+            "device": torch.cuda.get_device_name(model.device),
             "mode": candidate.mode,
             "part": candidate.part,
             "tokens": tokens,

@@ -113,11 +113,15 @@ def bench_cuda_mlp(config: MLPBench, copy_bandwidth: float, tokens: int = 1) -> 
     by_layer = [thresholds_for(mlp.gate_linear(x), sparsities) for mlp in find_gated_mlps(dense)]
     model: nn.Module = copy_sharing_weights(dense, but_down=True)
     sparse: dict[str, nn.Module] = {}
+    reads: dict[str, tuple[str | None, float]] = {"torch dense": (None, 1.0)}  # the kernel, and its share of neurons
     for i, k in enumerate(sparsities):
         thresholds = {layer: float(layer_thresholds[i]) for layer, (layer_thresholds, _) in enumerate(by_layer)}
         sparse_config = CatsConfig(thresholds, sparsity=k, layer_sparsity=dict.fromkeys(thresholds, k))
         model = sparsify(copy_sharing_weights(model), sparse_config)
+        kernel = kernel_of(model, tokens, k)
+        mean_share = sum(shares[i] for _, shares in by_layer) / _LAYERS
         sparse[f"k = {k}"] = model
+        reads[f"k = {k}"] = kernel, 1.0 if kernel == DENSE else mean_share
     candidates = {
         "torch dense": cuda.replayed(partial(dense, x), _LAYERS),
         "torch dense, eager": cuda.eager(partial(dense, x), _LAYERS),
@@ -127,21 +131,15 @@ def bench_cuda_mlp(config: MLPBench, copy_bandwidth: float, tokens: int = 1) -> 
     seconds = interleave(candidates, config.rounds)
     rows = []
     for name in seconds:
-        kernel, share = None, 1.0
-        base, eager = name.removesuffix(", eager"), ", eager" * name.endswith(", eager")
-        if base in sparse:
-            i = list(sparse).index(base)
-            kernel = kernel_of(sparse[base], tokens, sparsities[i])
-            if kernel != DENSE:
-                share = sum(shares[i] for _, shares in by_layer) / len(by_layer)
+        eager = ", eager" * name.endswith(", eager")
         references = {
             "speedup_over_torch": "torch dense",
             "speedup_over_torch_eager": "torch dense, eager",
             "speedup_over_own_dense": f"k = 0.0{eager}",
         }
-        row = _row(config, tokens, seconds, name, kernel, share, references)
+        row = _row(config, tokens, seconds, name, *reads[name.removesuffix(eager)], references)
         row |= {
-            "device": cuda.name(device),
+            "device": torch.cuda.get_device_name(device),
             "share_of_copy_bandwidth": 1e9 * row["gb_per_s"] / copy_bandwidth,
             "tflops": 6 * tokens * shape.hidden_size * shape.intermediate_size / row["ms"]["median"] / 1e9,
         }

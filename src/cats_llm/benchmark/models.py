@@ -79,36 +79,28 @@ def random_model(shape: Shape, layers: int, dtype: torch.dtype, device: str = "c
     return model.eval()
 
 
-class MLP(nn.Module):
-    """The gated MLP of a shape with random weights, as transformers writes it."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        d, f = shape.hidden_size, shape.intermediate_size
-        self.gate_proj = nn.Linear(d, f, bias=False)
-        self.up_proj = nn.Linear(d, f, bias=False)
-        self.down_proj = nn.Linear(f, d, bias=False)
-        self.act_fn = nn.SiLU()
-        for linear in (self.gate_proj, self.up_proj, self.down_proj):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return y
-
-
 class MLPs(nn.Module):
     """MLPs side by side: a call runs them one after the other on the same input, so that no weight stays cached."""
 
     def __init__(self, shape: Shape, layers: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         with torch.device(device):
-            self.layers = nn.ModuleList(MLP(shape).to(dtype) for _ in range(layers))
+            self.layers = nn.ModuleList(_random_mlp(shape).to(dtype) for _ in range(layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(..., d) -> one (..., d) a layer."""
         return [layer(x) for layer in self.layers]
+
+
+def _random_mlp(shape: Shape) -> nn.Module:
+    from transformers import MistralConfig
+    from transformers.models.mistral.modeling_mistral import MistralMLP
+
+    mlp: nn.Module = MistralMLP(MistralConfig(hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size))
+    for linear in mlp.children():
+        if isinstance(linear, nn.Linear):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    return mlp
 
 
 def thresholds_for(gate: Tensor, sparsities: Sequence[float]) -> tuple[list[Tensor], list[float]]:

@@ -18,7 +18,8 @@ def command(config: TuneConfig) -> None:
     """
     if not gpu.BACKEND.available():
         raise CatsError("there is no NVIDIA GPU with Triton here, so there is nothing to tune.")
-    from cats_llm.kernels.gpu import autotune, tuning
+    from cats_llm.benchmark import autotune
+    from cats_llm.kernels.gpu import tuning
 
     quiet_libraries()
     shown = table("hidden x intermediate", "batch", "sparsity", "us by default", "us tuned", "x")

@@ -1,6 +1,6 @@
 """Tuned launch configs, kept on disk: by GPU, shape, dtype, tokens and sparsity.
 
-Nothing is tuned unless asked for (autotune.py, or `cats tune`); a missing or unreadable file means the defaults.
+Nothing is tuned unless asked for (`cats tune`); a missing or unreadable file means the defaults.
 """
 
 import json

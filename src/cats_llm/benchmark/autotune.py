@@ -1,14 +1,16 @@
-"""Measuring which launch config is fastest on this GPU; tuning.py keeps what was found."""
+"""Measuring which launch config of the GPU kernels is fastest; kernels/gpu/tuning.py keeps what was found."""
 
 import logging
+import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from cats_llm.benchmark import cuda
 from cats_llm.kernels.gpu import dispatch, tuning
 from cats_llm.kernels.gpu.config import Config, Tile, candidates
 from cats_llm.kernels.gpu.dispatch import device_facts
-from cats_llm.kernels.gpu.graphs import median_us
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,12 @@ def tune(d: int, f: int, dtype: torch.dtype, tokens: int, sparsity: float) -> tu
     tuning.remember(device, tokens, d, f, dtype, sparsity, best[1], best[0])
     default = next((us for us, config in measured if config == configs[0]), best[0])
     return best[1], best[0], default
+
+
+def median_us(call: Callable[[], object], rounds: int = 15) -> float:
+    """Microseconds of a call as a CUDA graph, the median of replays after two that warm up."""
+    run = cuda.eager(cuda.captured(call))
+    return 1e6 * statistics.median([run(turn) for turn in range(rounds + 2)][2:])
 
 
 def _device() -> torch.device:
