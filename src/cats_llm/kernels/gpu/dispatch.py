@@ -60,17 +60,11 @@ def gated_mlp(
     _check_mlp(x, w_gate, w_up, w_down, threshold, activation, biases)
     if tokens == 0:
         return torch.empty_like(x)
-    f = w_gate.shape[0]
     processors, shared_memory, pdl = device_facts(x.device)
-    chosen = config or tuning.lookup(x.device, tokens, d, f, x.dtype, sparsity)
-    if chosen is None:
-        chosen = default(tokens, d, x.dtype.itemsize, sparsity**tokens, shared_memory)
-    strides = (_row_stride(w_gate), _row_stride(w_up), _row_stride(w_down.t()))
+    chosen = config or tuning.lookup(x.device, tokens, d, len(w_gate), x.dtype, sparsity)
+    chosen = chosen or default(tokens, d, x.dtype.itemsize, sparsity**tokens, shared_memory)
     while True:
-        plan = plans.MlpPlan(
-            chosen, tokens, d, f, strides, x.dtype, activation, [b is not None for b in biases],
-            threshold.numel() > 1, processors, pdl,
-        )  # fmt: skip
+        plan = plans.MlpPlan(chosen, x, w_gate, w_up, w_down, threshold, biases, activation, processors, pdl)
         try:
             with _on(x):
                 y = plan.run(x, w_gate, w_up, w_down, threshold, biases)
@@ -106,7 +100,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
             return x.new_empty(*x.shape[:-1], w.shape[0])
         tile = linear_tile(d) if tokens == 1 else Tile(32, 64, 2, 4)
         pdl = device_facts(x.device)[2]
-        plan = plans.LinearPlan(tile, tokens, d, w.shape[0], _row_stride(w), bias is not None, pdl)
+        plan = plans.LinearPlan(tile, tokens, d, w.shape[0], plans.row_stride(w), bias is not None, pdl)
         _linear_plans[key] = plan
     with _on(x):
         return plan.run(x, w, bias)
@@ -148,10 +142,6 @@ def device_facts(device: torch.device) -> tuple[int, int, bool]:
         return 2, 48 << 10, False
     facts: Any = torch.cuda.get_device_properties(device)
     return facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9
-
-
-def _row_stride(w: Tensor) -> int:
-    return w.stride(0) if w.shape[0] > 1 else w.shape[1]
 
 
 def _check_mlp(

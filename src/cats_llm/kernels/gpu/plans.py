@@ -64,18 +64,18 @@ class _Workspace:
         return at
 
 
+def row_stride(w: Tensor) -> int:
+    """Elements between rows."""
+    return w.stride(0) if w.shape[0] > 1 else w.shape[1]
+
+
 class MlpPlan:
-    """The launches of a sparse MLP for tensors of given shapes, strides, dtype and alignment.
+    """The launches of a sparse MLP for tensors of the same shapes, strides, dtype and alignment.
 
     Args:
         config: the tiles.
-        tokens: 1 to 16.
-        d, f: hidden and intermediate size.
-        strides: elements between rows of w_gate, w_up and w_down.t().
-        dtype: of x and the weights.
+        x: of 1 to 16 tokens; it and the others as `run` takes them.
         activation: a key of `definition.ACTIVATIONS`.
-        biases: which of gate, up and down have one.
-        per_neuron: whether the threshold is a vector.
         processors: multiprocessors of the GPU.
         pdl: overlap launches (programmatic dependent launch; compute capability 9).
     """
@@ -83,17 +83,20 @@ class MlpPlan:
     def __init__(
         self,
         config: Config,
-        tokens: int,
-        d: int,
-        f: int,
-        strides: Sequence[int],
-        dtype: torch.dtype,
+        x: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        threshold: Tensor,
+        biases: Sequence[Tensor | None],
         activation: str,
-        biases: Sequence[bool],
-        per_neuron: bool,
         processors: int,
         pdl: bool,
     ) -> None:
+        d, f, dtype = x.shape[-1], len(w_gate), x.dtype
+        tokens = x.numel() // d
+        strides = [row_stride(w) for w in (w_gate, w_up, w_down.t())]
+        has_bias = [bias is not None for bias in biases]
         workspace = _Workspace()
         blocks = -(-f // config.gate.rows)
         handed = {
@@ -103,8 +106,8 @@ class MlpPlan:
         }
         shape = {"D": d, "F": f, "TOKENS": tokens, "PAD": 1 if tokens == 1 else 16}
         self.gate = Launch.of_tile(
-            kernels.gate, (blocks, 1, 1), config.gate, pdl, **shape, **handed, STRIDE=strides[0], HAS_BIAS=biases[0],
-            PER_NEURON=per_neuron, ACTIVATION=activation,
+            kernels.gate, (blocks, 1, 1), config.gate, pdl, **shape, **handed, STRIDE=strides[0], HAS_BIAS=has_bias[0],
+            PER_NEURON=threshold.numel() > 1, ACTIVATION=activation,
         )  # fmt: skip
         tile = config.up_down if isinstance(config, GemvConfig) else config.up
         programs = max(1, min(tile.programs * processors, f))
@@ -124,7 +127,7 @@ class MlpPlan:
             partials_at = workspace.place(parts * d, 4)
             self.up_down = Launch.of_tile(
                 kernels.up_down, (programs, 1, 1), tile, pdl, D=d, D_PAD=power_of_two(d), F=f, UP_STRIDE=strides[1],
-                DOWN_STRIDE=strides[2], HAS_BIAS=biases[1], PARTIALS_AT=partials_at, **handed, **shares,
+                DOWN_STRIDE=strides[2], HAS_BIAS=has_bias[1], PARTIALS_AT=partials_at, **handed, **shares,
             )  # fmt: skip
         else:
             columns = -(-d // config.down.columns)
@@ -133,7 +136,7 @@ class MlpPlan:
             partials_at = workspace.place(parts * tokens * d, 4)
             self.up = Launch.of_tile(
                 kernels.up, (programs, 1, 1), tile, pdl, **shape, **handed, **shares, STRIDE=strides[1],
-                HAS_BIAS=biases[1], PRODUCTS_AT=products_at,
+                HAS_BIAS=has_bias[1], PRODUCTS_AT=products_at,
             )  # fmt: skip
             self.down = Launch.of_tile(
                 kernels.down, (columns, parts, 1), config.down, pdl, **shape, STRIDE=strides[2],
@@ -144,7 +147,7 @@ class MlpPlan:
         tile = Tile(rows=16, columns=16, warps=2, stages=1) if outputs <= 8192 else Tile(16, 64, 4, 1)
         self.reduce_partials = Launch.of_tile(
             kernels.reduce_partials, (-(-outputs // tile.columns), 1, 1), tile, pdl, D=d, TOKENS=tokens,
-            HAS_BIAS=biases[2], PARTIALS_AT=partials_at, PARTS=parts,
+            HAS_BIAS=has_bias[2], PARTIALS_AT=partials_at, PARTS=parts,
         )  # fmt: skip
         self.bytes = workspace.bytes
 
