@@ -28,31 +28,32 @@ def tune(d: int, f: int, dtype: torch.dtype, tokens: int, sparsity: float) -> tu
         The config, its microseconds a call, and those of the default.
     """
     device = _device()
-    layers = _layers(d, f, dtype, tokens, tuning.bucket(sparsity), device)
-    x = layers[0][0]
+    x, layers = _input_and_layers(d, f, dtype, tokens, tuning.bucket(sparsity), device)
     shared_memory = device_facts(device)[1]
     configs = list(dict.fromkeys(candidates(tokens, d, dtype.itemsize, sparsity**tokens, shared_memory)))
-    measured: list[tuple[float, Config]] = []
+    times: dict[Config, float] = {}
 
-    def run(config: Config) -> None:
-        for _, gate, up, down, threshold in layers:
-            dispatch.gated_mlp(x, gate, up, down, threshold, config=config)
+    def measure(config: Config) -> None:
+        def run() -> None:
+            for gate, up, down, threshold in layers:
+                dispatch.gated_mlp(x, gate, up, down, threshold, config=config)
+
+        times[config] = median_us(run) / len(layers)
 
     for config in configs:
         try:
-            measured.append((median_us(lambda config=config: run(config)) / len(layers), config))  # type: ignore[misc]
+            measure(config)
         except Exception as error:  # one that this GPU cannot run
             logger.debug("%s: %s", config, error)
+    best = min(times, key=times.__getitem__)
     # tiles were varied one at a time: the best of each together may be better still
-    best = min(measured, key=lambda m: m[0])
-    combined = type(best[1])(**{name: _best_tile(measured, name) for name in vars(best[1])})
+    combined = type(best)(**{name: _best_tile(times, name) for name in vars(best)})
     if combined not in configs:
-        measured.append((median_us(lambda: run(combined)) / len(layers), combined))
-        best = min(measured, key=lambda m: m[0])
+        measure(combined)
+        best = min(times, key=times.__getitem__)
     dispatch.forget_plans()
-    tuning.remember(device, tokens, d, f, dtype, sparsity, best[1], best[0])
-    default = next((us for us, config in measured if config == configs[0]), best[0])
-    return best[1], best[0], default
+    tuning.remember(device, tokens, d, f, dtype, sparsity, best, times[best])
+    return best, times[best], times.get(configs[0], times[best])
 
 
 def median_us(call: Callable[[], object], rounds: int = 15) -> float:
@@ -65,17 +66,17 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _best_tile(measured: list[tuple[float, Config]], name: str) -> Tile:
-    start = measured[0][1]
+def _best_tile(times: dict[Config, float], name: str) -> Tile:
+    start = next(iter(times))
     others = [n for n in vars(start) if n != name]
-    alone = [m for m in measured if all(getattr(m[1], n) == getattr(start, n) for n in others)]
-    tile: Tile = getattr(min(alone, key=lambda m: m[0])[1], name)
+    alone = [config for config in times if all(getattr(config, n) == getattr(start, n) for n in others)]
+    tile: Tile = getattr(min(alone, key=times.__getitem__), name)
     return tile
 
 
-def _layers(
+def _input_and_layers(
     d: int, f: int, dtype: torch.dtype, tokens: int, sparsity: float, device: torch.device
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """Enough layers of random weights to leave no cache useful, each with the threshold for the sparsity."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(tokens, d, generator=generator, device=device).to(dtype)
@@ -84,5 +85,5 @@ def _layers(
         gate, up, down = ((torch.randn(f, d, generator=generator, device=device) * d**-0.5).to(dtype) for _ in range(3))
         a = torch.nn.functional.silu((x @ gate.t()).float()).abs().flatten()
         threshold = a.kthvalue(max(1, round(sparsity * a.numel()))).values if sparsity else a.new_zeros(())
-        layers.append((x, gate, up, down.t(), threshold))
-    return layers
+        layers.append((gate, up, down.t(), threshold))
+    return x, layers

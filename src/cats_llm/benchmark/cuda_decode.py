@@ -100,13 +100,16 @@ def bench_cuda_decode(
     if "one step" in modes:
         steps = {m: _Step(m, prompt, tokens) for m in (model, *(models["all", k] for k in ks))}
 
+    def prepared(part: str, k: float | None) -> Any:
+        if k is None:
+            return model
+        set_thresholds(models[part, k], configs[k].thresholds, configs[k].vectors)
+        return models[part, k]
+
     def run(candidate: _Candidate, turn: int) -> float:
-        k = candidate.k
-        used = model if k is None else models[candidate.part, k]
         if turn < len(candidates):
             announce(f"preparing {candidate.name}")  # this is where it is compiled
-        if k is not None:
-            set_thresholds(used, configs[k].thresholds, configs[k].vectors)
+        used = prepared(candidate.part, candidate.k)
         if candidate.mode == "one step":
             return steps[used].seconds()
         return _seconds_a_token(used, prompt, tokens, candidate.mode)
@@ -119,10 +122,8 @@ def bench_cuda_decode(
         kernels = {}
         if steps:
             announce("listing the kernels of a step")
-            kernels["stock"] = steps[model].kernels()
-            for k in dict.fromkeys((0.0, typical)):
-                set_thresholds(models["all", k], configs[k].thresholds, configs[k].vectors)
-                kernels[f"k = {k}"] = steps[models["all", k]].kernels()
+            for name, k in {"stock": None, "k = 0.0": 0.0, f"k = {typical}": typical}.items():
+                kernels[name] = steps[prepared("all", k)].kernels()
     rows = []
     for name, candidate in candidates.items():
         used, read = (None, {}) if candidate.k is None else (configs[candidate.k], shares[candidate.k])

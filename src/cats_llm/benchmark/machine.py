@@ -22,19 +22,12 @@ def facts() -> dict[str, Any]:
         "isas": cpu.available_isas(),
         "kernels": backends.names(),
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
+        "triton": next((package.version for package in metadata.distributions(name="triton")), None),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:
