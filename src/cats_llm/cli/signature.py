@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import MISSING, is_dataclass, replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -12,34 +12,19 @@ from cats_llm.errors import CatsError
 from cats_llm.options import OptionField, build, option_fields
 
 
-@dataclass(frozen=True)
-class Defaults:
+class Defaults(dict[str, Any]):
     """Other defaults in one command: ``source: Annotated[ModelSource, Defaults(dtype="float32")]``."""
 
-    values: Mapping[str, Any]
 
-    def __init__(self, **values: Any) -> None:
-        object.__setattr__(self, "values", values)
-
-
-@dataclass(frozen=True)
-class Help:
+class Help(dict[str, str]):
     """What options mean in one command: ``config: Annotated[FinetuneConfig, Help(dtype="Of the base model.")]``."""
 
-    texts: Mapping[str, str]
 
-    def __init__(self, **texts: str) -> None:
-        object.__setattr__(self, "texts", texts)
-
-
-@dataclass(frozen=True)
 class Without:
     """Options that one command does not have: ``source: Annotated[ModelSource, Without("revision")]``."""
 
-    names: tuple[str, ...]
-
     def __init__(self, *names: str) -> None:
-        object.__setattr__(self, "names", names)
+        self.names = names
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,10 +41,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         if not (is_dataclass(config) and isinstance(config, type)):
             parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
             continue
-        defaults = {k: v for mark in marks if isinstance(mark, Defaults) for k, v in mark.values.items()}
+        defaults = {k: v for mark in marks if isinstance(mark, Defaults) for k, v in mark.items()}
         left_out = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
         fields = {name: field for name, field in option_fields(config).items() if name not in left_out}
-        helps = {k: v for mark in marks if isinstance(mark, Help) for k, v in mark.texts.items()}
+        helps = {k: v for mark in marks if isinstance(mark, Help) for k, v in mark.items()}
         unknown = (defaults.keys() | left_out | helps.keys()) - option_fields(config).keys()
         if unknown:
             raise TypeError(f"{config.__name__} has no option {', '.join(sorted(unknown))}")
