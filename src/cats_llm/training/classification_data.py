@@ -21,10 +21,6 @@ class YesNoTask(NamedTuple):
     label: str
     prompt: Callable[[Row], str]
 
-    def yes(self, row: Row) -> bool:
-        """Whether the answer is yes."""
-        return bool(row[self.label])
-
 
 TASKS = {
     "cola": YesNoTask(
@@ -68,7 +64,7 @@ def write_instructions(name: str, split: str, out: Path, source: Path | None = N
         rows = read_rows(str(source or task.dataset), None, None if source else task.config, split)
         for where, row in rows:
             _check(row, task, name, where)
-            instruction = {"prompt": task.prompt(row), "completion": " yes" if task.yes(row) else " no"}
+            instruction = {"prompt": task.prompt(row), "completion": " yes" if row[task.label] else " no"}
             file.write(json.dumps(instruction, ensure_ascii=False) + "\n")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cats_llm.chat import Message, render
 from cats_llm.errors import CatsError
@@ -241,12 +242,13 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
 
     It is token 0, which every model has: a padding token that was added to the tokenizer may have no embedding.
     """
-    longest = max(len(example["input_ids"]) for example in examples)
 
-    def stack(name: str, fill: int) -> Tensor:
-        rows = [example[name] for example in examples]
-        return torch.stack([torch.nn.functional.pad(row, (0, longest - len(row)), value=fill) for row in rows])
+    def stack(rows: list[Tensor], fill: int) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=fill)
 
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", IGNORED), "attention_mask": mask}
+    ids = [example["input_ids"] for example in examples]
+    return {
+        "input_ids": stack(ids, 0),
+        "labels": stack([example["labels"] for example in examples], IGNORED),
+        "attention_mask": stack([torch.ones_like(row) for row in ids], 0),
+    }

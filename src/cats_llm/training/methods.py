@@ -68,12 +68,6 @@ def apply_method(model: Any, method: str, config: CatsConfig | None = None) -> N
     use_decode_linears(model, False)
 
 
-def label(method: str, config: CatsConfig | None) -> str:
-    """The name of a run in tables: as `cats eval` names variants."""
-    k = config.sparsity if method == "cats" and config is not None else None
-    return method if k is None else f"{method} k={k:g}"
-
-
 def choose_thresholds(
     model: Any, data: Data, sparsity: float | None, profile: Profile | None, batch_size: int
 ) -> CatsConfig:

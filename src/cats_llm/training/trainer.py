@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from cats_llm import distributed, formats
 from cats_llm.calibration.calibrate import calibrate
@@ -21,7 +22,7 @@ from cats_llm.outputs import write_json
 from cats_llm.training.adapters import add_adapters
 from cats_llm.training.config import TrainingConfig
 from cats_llm.training.data import Data, collate
-from cats_llm.training.methods import label, thresholds_config
+from cats_llm.training.methods import thresholds_config
 from cats_llm.training.validation import evaluate
 from cats_llm.versions import versions
 
@@ -126,16 +127,6 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
         self.notify(f"step {state.global_step}: {line}")
 
 
-def tensorboard(folder: Path) -> TrainerCallback | None:
-    """Writes losses and measurements for TensorBoard, if it is installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(str(folder)))
-
-
 class RefreshThresholds(TrainerCallback):  # type: ignore[misc]
     """Calibrates again every so many steps, so that the sparsity asked for holds while the weights move.
 
@@ -218,8 +209,9 @@ def train(
         batches = data.calibration_batches(config.micro_batch)
         trainer.add_callback(RefreshThresholds(trainer, batches, config.refresh_every))
     trainer.add_callback(KeepLog(trainer, folder / LOG_FILE, notify))
-    board = tensorboard(folder / "tensorboard") if trainer.is_world_process_zero() else None
-    if board is not None:
+    if importlib.util.find_spec("tensorboard") is not None:
+        board = TensorBoardCallback()
+        board.logging_dir = str(folder / "tensorboard")
         trainer.add_callback(board)
     # it would print every step where there is no progress bar
     trainer.pop_callback(PrinterCallback)
@@ -232,12 +224,13 @@ def train(
     trainer.save_model(str(folder / ADAPTER))
     trained, total = model.get_nb_trainable_parameters()
     thresholds = thresholds_config(model)
+    k = thresholds.sparsity if thresholds is not None else None
     return {
         "format": formats.FINETUNING,
         "version": formats.FINETUNING_VERSION,
-        "name": label(config.method, thresholds),
+        "name": config.method if k is None else f"{config.method} k={k:g}",
         "method": config.method,
-        "sparsity": thresholds.sparsity if thresholds is not None else None,
+        "sparsity": k,
         "settings": asdict(config),
         "data": data.record,
         "processes": arguments.world_size,
