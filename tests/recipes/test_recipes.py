@@ -13,12 +13,13 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from cats_llm import recipes
 from cats_llm.cli.main import main
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.tasks import TASK_SETS
 from cats_llm.options import option_fields
-from cats_llm.recipes import Expected, Quantity, compare, finetuning, reproduce
+from cats_llm.recipes import load, reproduce
+from cats_llm.recipes.compare import compare
+from cats_llm.recipes.recipe import CalibrationSection, EvaluationPlan, Expected, Quantity
 from cats_llm.text import RowFormat
 from cats_llm.training.classification_data import TASKS
 from cats_llm.training.config import DataConfig, TrainingConfig
@@ -49,7 +50,7 @@ THRESHOLDS = (
 
 def numbers(name):
     """What a recipe expects, without its sources."""
-    made = recipes.find(name)
+    made = load.find(name)
     assert all(item.source for item in made.expected)
     return {item.of.label: item.value for item in made.expected}
 
@@ -61,8 +62,8 @@ def test_published_quality(model):
     if model in SHARES:
         expected["cats k=0.5, paper8: model_sparsity"] = SHARES[model]
     assert numbers(f"quality-{model}") == expected
-    plan = recipes.find(f"quality-{model}").plan
-    assert plan == recipes.EvaluationPlan(("paper8",), (0.5, 0.7, 0.9), ("cats", "relu"))
+    plan = load.find(f"quality-{model}").plan
+    assert plan == EvaluationPlan(("paper8",), (0.5, 0.7, 0.9), ("cats", "relu"))
 
 
 def test_published_model_sparsity_follows_from_the_models_sizes():
@@ -104,7 +105,7 @@ def test_other_published_numbers():
 @pytest.mark.parametrize("name", FINETUNING)
 def test_fine_tuning_has_the_settings_of_the_paper(name):
     task = FINETUNING[name]
-    plan = recipes.find(name).plan
+    plan = load.find(name).plan
     assert list(plan.runs) == ["dense", "cats k=0.5", "cats k=0.7", "cats k=0.9", "relu"]
     assert (plan.training.learning_rate, plan.training.batch_size, plan.reading.seq_length) == (1e-5, 16, 1024)
     assert (plan.instructions, plan.training.epochs) == (task, None if task is None else 1)
@@ -124,12 +125,12 @@ def test_no_recipe_is_untested():
     tested = {f"quality-{m}" for m in QUALITY} | {f"mlp-latency-{m}" for m in MLP}
     tested |= {f"generation-{m}" for m in GENERATION} | {"thresholds-mistral-7b", "generation-mistral-7b-bf16"}
     tested |= {"finetune-llama-2-7b", *FINETUNING}
-    assert set(recipes.names()) == tested
+    assert set(load.names()) == tested
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", load.names())
 def test_recipes_of_the_package_are_right(name):
-    made = recipes.find(name)
+    made = load.find(name)
     assert made.name == name
     reproduce.check(made)
     assert files("cats_llm.recipes").joinpath(f"{name}.yaml").is_file()
@@ -139,7 +140,7 @@ def test_recipes_of_the_package_are_right(name):
 
 
 def test_documents_for_smoke_runs_are_one_of_each_answer():
-    folder = recipes.smoke_data()
+    folder = load.smoke_data()
     trained_on = {f"{task}-{split}" for task in TASKS for split in ("train", "validation")}
     assert {file.stem for file in folder.iterdir()} == {*TASK_SETS["paper8"], *trained_on}
     for file in folder.iterdir():
@@ -195,11 +196,11 @@ def recipe(tmp_path):
 
 
 def test_a_recipe_by_path(recipe):
-    made = recipes.find(recipe(GOOD))
+    made = load.find(recipe(GOOD))
     assert made.name == "mine"
-    assert made.calibration == recipes.CalibrationSection("text.txt")
+    assert made.calibration == CalibrationSection("text.txt")
     assert made.expected == (Expected(0.5, "somebody", Quantity("cats k=0.5", "piqa", "acc")),)
-    assert recipes.find(recipe(DECODE)).expected[0].value == (1.0, 2.0)
+    assert load.find(recipe(DECODE)).expected[0].value == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_a_section_takes_every_option_of_fine_tuning(recipe):
         if name not in ("method", "micro_batch", "calibration", "epochs")
     }
     values = defaults | {"heldout": "h.txt", "dataset_config": "en", "targets": ["q_proj"], "rank": 8}
-    plan = recipes.find(recipe(TUNE | {"finetuning": TUNE["finetuning"] | values})).plan
+    plan = load.find(recipe(TUNE | {"finetuning": TUNE["finetuning"] | values})).plan
     assert plan.reading == DataConfig("h.txt", rows=RowFormat(dataset_config="en"), samples=2)
     assert plan.training == TrainingConfig(steps=2, targets=("q_proj",), rank=8)
 
@@ -296,7 +297,7 @@ def test_what_is_no_yaml_is_one_sentence(recipe, capsys, text, says):
 def test_names(capsys):
     assert main(["reproduce"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in recipes.names())
+    assert all(name in listed for name in load.names())
     assert main(["reproduce", "quality-mistral7b"]) == 1
     assert "did you mean quality-mistral-7b?" in capsys.readouterr().err
 
@@ -380,7 +381,7 @@ def test_fine_tuning_is_compared_with_relu_at_the_same_steps():
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", [n for n in recipes.names() if n.startswith(("mlp", "generation", "thresholds"))])
+@pytest.mark.parametrize("name", [n for n in load.names() if n.startswith(("mlp", "generation", "thresholds"))])
 @needs_kernels
 def test_smoke(name, tmp_path, capsys):
     out = tmp_path / "out"
@@ -389,7 +390,7 @@ def test_smoke(name, tmp_path, capsys):
     assert "not to be compared" in printed
     summary = json.loads((out / "comparison.json").read_text())
     assert summary == json.loads((tmp_path / "c.json").read_text())
-    made = recipes.find(name)
+    made = load.find(name)
     assert [n["expected"] for n in summary["numbers"]] == json.loads(json.dumps([e.value for e in made.expected]))
     # eight layers of the bundled model stand for 32
     measured = [n["measured"] for n in summary["numbers"] if n["measured"] is not None]
@@ -404,7 +405,7 @@ def test_smoke(name, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", [n for n in recipes.names() if n.startswith("quality")])
+@pytest.mark.parametrize("name", [n for n in load.names() if n.startswith("quality")])
 def test_smoke_of_quality(name, tmp_path):
     out = tmp_path / "out"
     assert main(["reproduce", name, "--smoke", "--out", str(out)]) == 0
@@ -412,7 +413,7 @@ def test_smoke_of_quality(name, tmp_path):
     by_place = {(r["variant"], r["task"], r["metric"]): r for r in result["results"]}
     assert [v["name"] for v in result["variants"]] == ["dense", "cats k=0.5", "cats k=0.7", "cats k=0.9", "relu"]
     for number, item in zip(
-        json.loads((out / "comparison.json").read_text())["numbers"], recipes.find(name).expected, strict=True
+        json.loads((out / "comparison.json").read_text())["numbers"], load.find(name).expected, strict=True
     ):
         if item.of.metric == "acc":
             values = [by_place[item.of.variant, task, "acc"]["value"] for task in TASK_SETS["paper8"]]
@@ -425,7 +426,7 @@ def test_smoke_of_quality(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", [n for n in recipes.names() if n.startswith("finetune")])
+@pytest.mark.parametrize("name", [n for n in load.names() if n.startswith("finetune")])
 def test_smoke_of_fine_tuning(name, tmp_path, capsys):
     out = tmp_path / "out"
     line = ["reproduce", name, "--smoke", "--out", str(out)]
@@ -455,7 +456,7 @@ def test_smoke_of_fine_tuning(name, tmp_path, capsys):
 
 
 def test_resuming_is_of_the_same_fine_tuning(tmp_path, capsys):
-    finetuning.begin(tmp_path, recipes.find("finetune-mistral-7b"), resume=False)
+    reproduce.begin(tmp_path, load.find("finetune-mistral-7b"), resume=False)
     line = ["reproduce", "finetune-cola-mistral-7b", "--smoke", "--resume", "--out", str(tmp_path)]
     assert main(line) == 1
     assert "was begun with another recipe" in capsys.readouterr().err
@@ -493,10 +494,11 @@ def test_where_results_go(tmp_path, capsys):
 
 
 def test_recipes_are_light():
-    script = "import sys, cats_llm.recipes; print(sorted({'lm_eval', 'matplotlib', 'datasets'} & set(sys.modules)))"
+    heavy = "{'lm_eval', 'matplotlib', 'datasets'}"
+    script = f"import sys, cats_llm.recipes.load; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_errors_are_for_users():
     with pytest.raises(CatsError, match="there are finetune-boolq-mistral-7b"):
-        recipes.find("xyz")
+        load.find("xyz")

@@ -5,15 +5,14 @@ from typing import Annotated
 
 import typer
 
-from cats_llm import recipes
 from cats_llm.benchmark import machine
 from cats_llm.cli import options
 from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
 from cats_llm.errors import CatsError
 from cats_llm.number_format import MISSING, number
 from cats_llm.outputs import command_line, write_file
-from cats_llm.recipes import BenchPlan, FinetuningPlan
-from cats_llm.recipes.recipe import ReproduceConfig
+from cats_llm.recipes.load import find, names
+from cats_llm.recipes.recipe import BenchPlan, FinetuningPlan, ReproduceConfig
 from cats_llm.recipes.reproduce import REPORTED, Reproduction, reproduce
 from cats_llm.report import MissingExtraError, read_files, render_page, require_extra
 
@@ -41,7 +40,7 @@ def command(
     if recipe is None:
         _list()
         return
-    chosen = recipes.find(recipe)
+    chosen = find(recipe)
     try:
         config.check_usage(chosen)
     except CatsError as error:
@@ -80,8 +79,8 @@ def _draw(out: Path) -> None:
 def _list() -> None:
     rows = table("recipe", "what it reproduces")
     rows.columns[1].justify = "left"
-    for name in recipes.names():
-        rows.add_row(name, recipes.find(name).title)
+    for name in names():
+        rows.add_row(name, find(name).title)
     show(rows)
 
 

@@ -1,7 +1,7 @@
 """Published numbers beside measured ones."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,34 +26,20 @@ class Comparison:
         return self.measured - low if self.measured < low else max(0.0, self.measured - high)
 
 
-def compare(
-    expected: Sequence[Expected],
-    *,
-    result: Mapping[str, Any] | None = None,
-    thresholds: Mapping[int, float] | None = None,
-    bench: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
-) -> list[Comparison]:
+def compare(expected: Sequence[Expected], **results: Any) -> list[Comparison]:
     """Every published number with ours.
 
     Args:
         expected: of a recipe.
-        result: of `cats eval`.
-        thresholds: by layer.
-        bench: of `cats bench`.
-        training: logs of `cats finetune`, under ``runs``.
+        results: what was measured: ``result`` of `cats eval`, ``bench`` of `cats bench`, ``training``, logs of
+            `cats finetune` under ``runs``, or ``thresholds`` by layer.
     """
-
-    def measured(of: Quantity) -> tuple[float | None, float | None]:
-        if result is not None:
-            return _evaluated(of, result)
-        if bench is not None:
-            return _timed(of, bench), None
-        if training is not None:
-            return _trained(of, training), None
-        return (thresholds or {}).get(of.layer if of.layer is not None else -1), None
-
-    return [Comparison(number, *measured(number.of)) for number in expected]
+    ((kind, found),) = results.items()
+    if kind == "result":
+        return [Comparison(number, *_evaluated(number.of, found)) for number in expected]
+    measured: Mapping[str, Callable[[Quantity, Any], float | None]]
+    measured = {"bench": _timed, "training": _trained, "thresholds": _threshold}
+    return [Comparison(number, measured[kind](number.of, found)) for number in expected]
 
 
 def _evaluated(of: Quantity, result: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -90,3 +76,7 @@ def _trained(of: Quantity, training: Mapping[str, Any]) -> float | None:
     if of.measure == "perplexity_over_relu":
         return float(pairs[-1][0] / pairs[-1][1])
     return float(sum(a < b for a, b in pairs) / len(pairs))
+
+
+def _threshold(of: Quantity, thresholds: Mapping[int, float]) -> float | None:
+    return thresholds.get(of.layer) if of.layer is not None else None

@@ -11,26 +11,19 @@ import yaml
 from cats_llm.errors import CatsError
 from cats_llm.options import from_mapping
 from cats_llm.recipes.recipe import (
+    PLANS,
     BenchPlan,
     CalibrationSection,
-    EvaluationPlan,
     Expected,
     FinetuningPlan,
     Plan,
     Quantity,
     Recipe,
-    ThresholdPlan,
 )
 
 T = TypeVar("T")
 
 _HERE = Path(__file__).resolve().parent
-_PLANS: dict[str, type[Plan]] = {
-    "evaluation": EvaluationPlan,
-    "thresholds": ThresholdPlan,
-    "bench": BenchPlan,
-    "finetuning": FinetuningPlan,
-}
 # by the plan's methods, by the command line, and by the recipe's calibration
 _SET_ELSEWHERE = {"calibration": ("batch_size",), "finetuning": ("method", "micro_batch", "calibration")}
 
@@ -51,9 +44,8 @@ def find(name: str) -> Recipe:
     Raises:
         CatsError: there is none, or it is wrong.
     """
-    path = _HERE / f"{name}.yaml"
     if name in names():
-        return load(path)
+        return load(_HERE / f"{name}.yaml")
     path = Path(name)
     if not path.is_file():
         near = get_close_matches(name, names(), 1)
@@ -101,10 +93,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
 
 def _recipe(values: dict[Any, Any], path: Path) -> Recipe:
     place = f"{path}: "
-    chosen = [name for name in _PLANS if name in values]
+    chosen = [name for name in PLANS if name in values]
     if len(chosen) != 1:
-        raise CatsError(f"{path} needs exactly one of {', '.join(_PLANS)}; it has {' and '.join(chosen) or 'none'}.")
-    plan = _section(_PLANS[chosen[0]], values, chosen[0], place)
+        raise CatsError(f"{path} needs exactly one of {', '.join(PLANS)}; it has {' and '.join(chosen) or 'none'}.")
+    plan = _section(PLANS[chosen[0]], values, chosen[0], place)
     needs_model = not (isinstance(plan, BenchPlan) and plan.kind == "mlp")
     for name in ("model", "calibration"):
         if (name in values) != needs_model:
@@ -121,7 +113,7 @@ def _recipe(values: dict[Any, Any], path: Path) -> Recipe:
         Recipe,
         values,
         place,
-        beside=(*_PLANS, "calibration", "expected"),
+        beside=(*PLANS, "calibration", "expected"),
         computed={"name": path.stem, **sections},
     )
 

@@ -1,9 +1,9 @@
 """What a recipe is. Its sections are dataclasses of options, so that YAML files are read by them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.config import parse_sparsity
@@ -60,10 +60,7 @@ class EvaluationPlan:
     methods: tuple[str, ...] = option(("cats",), help="As cats eval takes them.", expected="a list of different names")
     task_options: TaskOptions = TaskOptions()
 
-    @property
-    def quantity(self) -> Choices:
-        """What a number of this plan is of."""
-        return {"variant": None, "task": None, "metric": None}
+    quantity: ClassVar[Choices] = {"variant": None, "task": None, "metric": None}
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,7 @@ class ThresholdPlan:
         parse=parse_sparsity, expected="a gate sparsity from 0 up to (not including) 1", help="Gate sparsity."
     )
 
-    @property
-    def quantity(self) -> Choices:
-        """What a number of this plan is of."""
-        return {"layer": None}
+    quantity: ClassVar[Choices] = {"layer": None}
 
 
 @dataclass(frozen=True)
@@ -153,14 +147,14 @@ class FinetuningPlan:
             raise CatsError(f"instructions: {self.instructions!r} is no task; choose from {', '.join(TASKS)}.")
 
     @property
-    def runs(self) -> dict[str, tuple[str, float | None]]:
-        """Method and sparsity of every run, by the name that its log gives it."""
-        runs: dict[str, tuple[str, float | None]] = {}
+    def runs(self) -> dict[str, tuple[TrainingConfig, float | None]]:
+        """Training and sparsity of every run, by the name that its log gives it."""
+        runs: dict[str, tuple[TrainingConfig, float | None]] = {}
         for method in self.methods:
             if method == "cats":
-                runs |= {f"cats k={k:g}": ("cats", k) for k in self.sparsities}
+                runs |= {f"cats k={k:g}": (replace(self.training, method="cats"), k) for k in self.sparsities}
             else:
-                runs[method] = (method, None)
+                runs[method] = (replace(self.training, method=method, refresh_every=0), None)
         return runs
 
     @property
@@ -170,6 +164,13 @@ class FinetuningPlan:
 
 
 Plan = EvaluationPlan | ThresholdPlan | BenchPlan | FinetuningPlan
+PLANS: dict[str, type[Plan]] = {
+    "evaluation": EvaluationPlan,
+    "thresholds": ThresholdPlan,
+    "bench": BenchPlan,
+    "finetuning": FinetuningPlan,
+}
+"""By the section of a recipe that says it."""
 
 
 @dataclass(frozen=True)

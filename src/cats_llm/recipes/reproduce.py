@@ -1,13 +1,15 @@
 """A recipe run from end to end: its numbers beside ours."""
 
+import gc
+import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cats_llm import bundled
+from cats_llm import bundled, formats
 from cats_llm.benchmark import machine
 from cats_llm.benchmark.bench import bench_decode, bench_mlp
 from cats_llm.benchmark.config import DecodeBench, MLPBench
@@ -25,7 +27,6 @@ from cats_llm.loading import ModelSource
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.outputs import check_output, write_json
 from cats_llm.progress import Track, untracked
-from cats_llm.recipes import finetuning
 from cats_llm.recipes.compare import Comparison, compare
 from cats_llm.recipes.load import smoke_data
 from cats_llm.recipes.recipe import (
@@ -38,9 +39,10 @@ from cats_llm.recipes.recipe import (
     ThresholdPlan,
 )
 from cats_llm.text import TextSource
-from cats_llm.training.config import DataConfig
+from cats_llm.training.classification_data import write_instructions
+from cats_llm.training.config import LOG, DataConfig, FinetuneConfig
 
-_PROFILE = "profile.safetensors"
+_PROFILE, _RECIPE_FILE = "profile.safetensors", "recipe.json"
 REPORTED = (_PROFILE, "result.json", "bench.json", "training.json")
 """What the folder of a reproduction may hold for `cats report`."""
 
@@ -115,7 +117,7 @@ def reproduce(
         CatsError: the recipe and the options do not go together, an output is in the way, or a step cannot be done.
     """
     config.check_usage(recipe)
-    if config.out is not None and not (config.resume and finetuning.is_begun(config.out)):
+    if config.out is not None and not (config.resume and (config.out / _RECIPE_FILE).is_file()):
         check_output(config.out, force)
     check(recipe)
     if isinstance(recipe.plan, BenchPlan) and not cpu.available():
@@ -206,16 +208,52 @@ class _Run:
         return model, tokenizer, profile
 
     def _finetune(self, plan: FinetuningPlan) -> dict[str, Any]:
-        config = self.config
-        assert config.out is not None
-        finetuning.begin(config.out, self.recipe, config.resume)
-        profile = config.out / _PROFILE
+        """The logs of all runs. Each leaves its model in a folder, and is not repeated when resumed."""
+        from cats_llm.training.finetune import finetune  # it imports much
+
+        config, source = self.config, self._source()
+        out = config.out
+        assert out is not None
+        begin(out, self.recipe, config.resume)
+        profile = out / _PROFILE
         if "cats" in plan.methods and not (config.resume and profile.is_file()):
-            self._calibrated(self._source())
-        config = replace(config, profile=profile)
-        return finetuning.finetune_all(
-            plan, self._source(), config, force=self.force, notify=self.notify, command=self.command
-        )
+            self._calibrated(source)
+        data, reading = plan.data, plan.reading
+        if plan.instructions is not None:
+            data, heldout = (self._instructions(plan.instructions, split, out) for split in ("train", "validation"))
+            reading = replace(reading, heldout=reading.heldout or heldout)
+        logs = []
+        for name, (training, sparsity) in plan.runs.items():
+            folder = out / name.replace(" ", "-").replace("=", "")
+            if not (config.resume and (folder / LOG).is_file()):
+                self.notify(f"{name}:")
+                run = FinetuneConfig(
+                    source=source,
+                    out=folder,
+                    data=str(data),
+                    reading=reading,
+                    sparsity=sparsity,
+                    profile=profile if training.method == "cats" else None,
+                    training=replace(training, micro_batch=config.batch_size),
+                    resume=config.resume,
+                )
+                finetune(run, force=self.force, notify=self.notify, command=self.command)
+                gc.collect()  # models have cycles, and the next one needs the memory
+            logs.append(json.loads((folder / LOG).read_text(encoding="utf-8")))
+        return {
+            "format": formats.FINETUNING_RUNS,
+            "version": formats.FINETUNING_VERSION,
+            "model": source.model,
+            "command": self.command,
+            "runs": logs,
+        }
+
+    def _instructions(self, task: str, split: str, out: Path) -> str:
+        file = out / f"{task}-{split}.jsonl"
+        if not (self.config.resume and file.is_file()):
+            rows = self.config.data_dir / file.name if self.config.data_dir is not None else None
+            write_instructions(task, split, file, rows, force=True)
+        return str(file)
 
     def _bench_mlp(self, plan: BenchPlan) -> dict[str, Any]:
         smoke = self.config.smoke
@@ -265,6 +303,20 @@ def _smoked(recipe: Recipe) -> Recipe:
         calibration=recipe.calibration and CalibrationSection(text, Sampling(8, 128, seed=0)),
         expected=expected,
     )
+
+
+def begin(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Note which recipe the folder is of, or make sure that it is of this one.
+
+    Raises:
+        CatsError: it is of another recipe.
+    """
+    facts = json.loads(json.dumps(asdict(recipe)))
+    file = out / _RECIPE_FILE
+    if not (resume and file.is_file()):
+        write_json(file, facts, force=True)
+    elif json.loads(file.read_text(encoding="utf-8")) != facts:
+        raise CatsError(f"{out} was begun with another recipe; choose another --out, or begin again with --force.")
 
 
 def check(recipe: Recipe) -> None:

@@ -11,6 +11,8 @@ from cats_llm.text import RowFormat
 
 TUNING_METHODS = ("cats", "relu", "dense")
 SCHEDULES = ("constant", "linear", "cosine")
+LOG = "finetune.json"
+"""The log, in the folder of the result."""
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,16 @@ from cats_llm import distributed
 from cats_llm.calibration.batches import check_runs
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
-from cats_llm.loading import default_device
+from cats_llm.loading import BASE, attach_adapters, default_device
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.tokens import check_tokens
 from cats_llm.number_format import number, percent
-from cats_llm.outputs import check_output
+from cats_llm.outputs import check_output, write_folder, write_json
 from cats_llm.text import TextSource, check_length
 from cats_llm.training import run_folder
 from cats_llm.training.adapters import adaptable
-from cats_llm.training.config import FinetuneConfig, TrainingConfig
+from cats_llm.training.config import LOG, FinetuneConfig, TrainingConfig
 from cats_llm.training.data import Data, is_instructions, read_data
-from cats_llm.training.export import LOG, export
 from cats_llm.training.methods import apply_method, check_base, choose_thresholds, final_config, resumed_config
 from cats_llm.training.trainer import ADAPTER, LOG_FILE, Notify, train, trainer_arguments
 
@@ -92,7 +91,7 @@ def finetune(
         del model
         base = replace(source, device="cpu").load()
         apply_method(base, training.method, final_config(log, base))
-        export(base, config.work / ADAPTER, tokenizer, config.out, log, not config.keep_adapters, force)
+        _export(base, tokenizer, config, log, force)
         run_folder.finish(config.work)
         first, last = log["evaluations"][0], log["evaluations"][-1]
         notify(
@@ -156,3 +155,26 @@ def _read(config: FinetuneConfig, training: TrainingConfig, skeleton: Any, token
     for example in (*data.train, *data.heldout, *data.aside):
         check_tokens(skeleton, example["input_ids"], tokenizer)
     return data
+
+
+def _export(base: Any, tokenizer: Any, config: FinetuneConfig, log: dict[str, Any], force: bool) -> None:
+    """Write the fine-tuned model as a folder, with the log of its training.
+
+    Merged, it is an ordinary checkpoint, CATS unless the method is dense. Otherwise the folder holds the adapters, and
+    the model that they were trained on in the folder ``base`` inside it, so that a program that knows nothing of
+    adapters finds no model rather than half of one.
+
+    Args:
+        base: the model as it was before training, on the CPU, brought into the form of the method.
+    """
+    model = attach_adapters(base, config.work / ADAPTER)
+    with write_folder(config.out, force) as folder:
+        if config.keep_adapters:
+            model.peft_config["default"].base_model_name_or_path = str(config.out.resolve() / BASE)
+            model.save_pretrained(folder, save_embedding_layers=False)
+            model.unload().save_pretrained(folder / BASE)
+            tokenizer.save_pretrained(folder / BASE)
+        else:
+            model.merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / LOG, log)
