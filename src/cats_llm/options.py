@@ -43,7 +43,7 @@ class Option:
         minimum, maximum: of a number, both allowed.
         expected: what it should be, for error sentences ("should be ..."); otherwise made from type and range.
         default_text: shown in the help in place of the default.
-        panel: the group of options that the help shows it in.
+        panel: the group of options that the help shows it in; None: that of the dataclass, its attribute ``panel``.
         positional: on the command line an argument, not an option.
         repeated: of a tuple: given several times on the command line; otherwise once, separated by commas.
     """
@@ -161,7 +161,9 @@ def option_fields(config: type) -> dict[str, OptionField]:
         found: dict[str, OptionField] = {}
         if _KEY in field.metadata:
             kind, several = _value_type(hints[field.name])
-            found = {field.name: OptionField(field.name, kind, several, field.default, field.metadata[_KEY])}
+            about: Option = field.metadata[_KEY]
+            about = dataclasses.replace(about, panel=about.panel or getattr(config, "panel", None))
+            found = {field.name: OptionField(field.name, kind, several, field.default, about)}
         elif dataclasses.is_dataclass(hints[field.name]):
             inside = option_fields(hints[field.name])
             given = values_of(field.default) if field.default is not MISSING else {}

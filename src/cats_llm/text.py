@@ -27,11 +27,11 @@ _CONVERSATIONS = ("messages", "conversations")
 class RowFormat:
     """Where the text stands in files of rows and in datasets."""
 
-    text_column: str = option(
-        "text", help="Where the text or conversation is in .jsonl, .parquet and datasets.", panel=Panel.DATA
-    )
-    dataset_config: str | None = option(None, help="Configuration of a hub dataset.", panel=Panel.DATA)
-    split: str = option("train", help="Split of a hub dataset, or of a folder laid out as one.", panel=Panel.DATA)
+    panel = Panel.DATA
+
+    text_column: str = option("text", help="Where the text or conversation is in .jsonl, .parquet and datasets.")
+    dataset_config: str | None = option(None, help="Configuration of a hub dataset.")
+    split: str = option("train", help="Split of a hub dataset, or of a folder laid out as one.")
 
 
 @dataclass(frozen=True)

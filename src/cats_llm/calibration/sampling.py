@@ -15,14 +15,12 @@ from cats_llm.text import TextSource, batched, check_length, load_sequences
 class Sampling:
     """Sequences drawn from a text, and how many are computed at a time."""
 
-    samples: int = option(256, minimum=1, help="At most so many sequences.", panel=Panel.DATA)
-    seq_length: int = option(1024, minimum=2, help="Tokens a sequence.", panel=Panel.DATA)
-    batch_size: int = option(4, minimum=1, help="Sequences computed at a time.", panel=Panel.DATA)
-    seed: int | None = option(
-        None,
-        help="Draw the sequences in this random order. Default: in the order of the text.",
-        panel=Panel.DATA,
-    )
+    panel = Panel.DATA
+
+    samples: int = option(256, minimum=1, help="At most so many sequences.")
+    seq_length: int = option(1024, minimum=2, help="Tokens a sequence.")
+    batch_size: int = option(4, minimum=1, help="Sequences computed at a time.")
+    seed: int | None = option(None, help="Draw the sequences in this random order. Default: in the order of the text.")
 
     def batches(self, source: TextSource | str, tokenizer: Any, model: Any) -> Iterator[Tensor]:
         """The batches, int64 (B, T), that this process computes; of several each gets others.

@@ -18,16 +18,14 @@ class TokenPolicy:
             (the protocol of TEAL); tokens that come one at a time are sparse. None: all.
     """
 
-    dense_prefill: bool = option(False, help="Prompts run dense; only decoding is sparse.", panel=Panel.SPARSITY)
+    panel = Panel.SPARSITY
+
+    dense_prefill: bool = option(False, help="Prompts run dense; only decoding is sparse.")
     dense_first_tokens: int = option(
-        0, minimum=0, help="The first N tokens of every sequence run dense (attention sinks).", panel=Panel.SPARSITY
+        0, minimum=0, help="The first N tokens of every sequence run dense (attention sinks)."
     )
     last_fraction: float | None = option(
-        None,
-        minimum=0.0,
-        maximum=1.0,
-        help="Only this last share of a prompt is sparse, as TEAL measures.",
-        panel=Panel.SPARSITY,
+        None, minimum=0.0, maximum=1.0, help="Only this last share of a prompt is sparse, as TEAL measures."
     )
 
     def __post_init__(self) -> None:

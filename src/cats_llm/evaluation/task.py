@@ -102,13 +102,11 @@ class Subject:
 class TaskOptions:
     """How tasks of lm-eval are run."""
 
-    limit: int | None = option(None, help="At most so many documents a task.", minimum=1, panel=Panel.MEASURING)
-    num_fewshot: int | None = option(
-        None, help="Examples in the prompts. Default: each task's own.", minimum=0, panel=Panel.MEASURING
-    )
-    apply_chat_template: bool = option(
-        False, help="Put the tasks' prompts into the chat template.", panel=Panel.MEASURING
-    )
+    panel = Panel.MEASURING
+
+    limit: int | None = option(None, help="At most so many documents a task.", minimum=1)
+    num_fewshot: int | None = option(None, help="Examples in the prompts. Default: each task's own.", minimum=0)
+    apply_chat_template: bool = option(False, help="Put the tasks' prompts into the chat template.")
 
 
 class Task(ABC):

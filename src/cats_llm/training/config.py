@@ -54,6 +54,8 @@ class TrainingConfig:
             from the dtype of the model.
     """
 
+    panel = Panel.TRAINING
+
     method: str = option(
         "cats",
         choices=TUNING_METHODS,
@@ -61,26 +63,16 @@ class TrainingConfig:
         panel=Panel.SPARSITY,
     )
     steps: int | None = option(
-        None,
-        minimum=1,
-        help="Optimizer steps.",
-        default_text="350 on text, --epochs on instructions",
-        panel=Panel.TRAINING,
+        None, minimum=1, help="Optimizer steps.", default_text="350 on text, --epochs on instructions"
     )
-    epochs: float | None = option(
-        None, minimum=0, help="Passes over the data.", default_text="1 on instructions", panel=Panel.TRAINING
-    )
-    learning_rate: float = option(
-        1e-5, flags=("--learning-rate", "--lr"), minimum=0, help="Of AdamW.", panel=Panel.TRAINING
-    )
-    schedule: str = option(
-        "constant", choices=SCHEDULES, help="Of the learning rate: constant, linear or cosine.", panel=Panel.TRAINING
-    )
-    warmup_steps: int = option(0, minimum=0, help="Steps until the full learning rate.", panel=Panel.TRAINING)
-    weight_decay: float = option(0.01, minimum=0, help="Of AdamW.", panel=Panel.TRAINING)
-    max_grad_norm: float = option(1.0, minimum=0, help="Clip the gradient; 0: never.", panel=Panel.TRAINING)
-    batch_size: int = option(16, minimum=1, help="Examples a step, over all GPUs.", panel=Panel.TRAINING)
-    micro_batch: int = option(4, minimum=1, help="Examples computed at a time on a GPU.", panel=Panel.TRAINING)
+    epochs: float | None = option(None, minimum=0, help="Passes over the data.", default_text="1 on instructions")
+    learning_rate: float = option(1e-5, flags=("--learning-rate", "--lr"), minimum=0, help="Of AdamW.")
+    schedule: str = option("constant", choices=SCHEDULES, help="Of the learning rate: constant, linear or cosine.")
+    warmup_steps: int = option(0, minimum=0, help="Steps until the full learning rate.")
+    weight_decay: float = option(0.01, minimum=0, help="Of AdamW.")
+    max_grad_norm: float = option(1.0, minimum=0, help="Clip the gradient; 0: never.")
+    batch_size: int = option(16, minimum=1, help="Examples a step, over all GPUs.")
+    micro_batch: int = option(4, minimum=1, help="Examples computed at a time on a GPU.")
     rank: int = option(64, flags=("--lora-rank",), minimum=1, help="Rank of the adapters.", panel=Panel.LORA)
     alpha: int = option(
         16, flags=("--lora-alpha",), minimum=1, help="Adapters count alpha / rank times.", panel=Panel.LORA
@@ -96,9 +88,7 @@ class TrainingConfig:
         default_text="q_proj, v_proj, gate_proj, up_proj, down_proj, or what the model has in their place",
         panel=Panel.LORA,
     )
-    seed: int = option(
-        0, minimum=0, help="Of the adapters' start, the order of the data and dropout.", panel=Panel.TRAINING
-    )
+    seed: int = option(0, minimum=0, help="Of the adapters' start, the order of the data and dropout.")
     eval_every: int = option(50, minimum=1, help="Steps between measurements on held-out data.", panel=Panel.MEASURING)
     refresh_every: int = option(
         0,
@@ -109,7 +99,7 @@ class TrainingConfig:
         panel=Panel.SPARSITY,
     )
     bf16: bool = False
-    gradient_checkpointing: bool = option(False, help="Save memory: compute each layer twice.", panel=Panel.TRAINING)
+    gradient_checkpointing: bool = option(False, help="Save memory: compute each layer twice.")
 
     def __post_init__(self) -> None:
         for name, value, known in (("method", self.method, TUNING_METHODS), ("schedule", self.schedule, SCHEDULES)):

@@ -52,40 +52,32 @@ class SparsityTarget:
             perplexity.
     """
 
+    panel = Panel.SPARSITY
+
     sparsity: float | None = option(
-        None,
-        parse=parse_sparsity,
-        metavar="K",
-        panel=Panel.SPARSITY,
-        help="Share of MLP neurons to skip, from 0 up to (not including) 1.",
+        None, parse=parse_sparsity, metavar="K", help="Share of MLP neurons to skip, from 0 up to (not including) 1."
     )
     bytes_per_token: float | None = option(
         None,
         parse=_bytes,
         metavar="SIZE",
-        panel=Panel.SPARSITY,
         help="Instead of --sparsity: as much as makes decoding a token read so many bytes of weights, as 3.2GB.",
     )
     max_perplexity_increase: float | None = option(
         None,
         parse=_increase,
         metavar="PERCENT",
-        panel=Panel.SPARSITY,
         help="Instead of --sparsity: as much as perplexity allows, on the last eighth of the text.",
     )
     criterion: str = option(
         str(Criterion()),
         parse=_criterion,
         metavar="SCORE[+PART...]",
-        panel=Panel.SPARSITY,
         help=f"Which neurons are skipped: {', '.join(SCORES)}; and what is done about the error: {', '.join(PARTS)}. "
         f"{AUTO} takes the best of {len(CANDIDATES)} by measuring. Default: the paper's.",
     )
     distill_steps: int = option(
-        Distillation().steps,
-        minimum=1,
-        panel=Panel.SPARSITY,
-        help="Batches that the part distill learns the compensation from.",
+        Distillation().steps, minimum=1, help="Batches that the part distill learns the compensation from."
     )
     coverage: TokenPolicy = field(default_factory=TokenPolicy)
 
