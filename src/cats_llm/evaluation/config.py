@@ -22,6 +22,8 @@ class EvaluationConfig:
         CatsError: there is nothing to measure, or thresholds are to come from two places.
     """
 
+    panel = Panel.SPARSITY
+
     source: ModelSource
     text: tuple[str, ...] = option(
         (),
@@ -31,10 +33,7 @@ class EvaluationConfig:
         panel=Panel.DATA,
     )
     tasks: tuple[str, ...] = option(
-        (),
-        help=f"Tasks of lm-eval, YAML files, or sets: {', '.join(TASK_SETS)}.",
-        metavar="NAME,...",
-        panel=Panel.DATA,
+        (), help=f"Tasks of lm-eval, YAML files, or sets: {', '.join(TASK_SETS)}.", metavar="NAME,...", panel=Panel.DATA
     )
     data_dir: Path | None = option(
         None, help="Folder with the tasks' data, where there is no hub: TASK.jsonl.", panel=Panel.DATA
@@ -45,38 +44,20 @@ class EvaluationConfig:
         help="Shares to skip, as 0,0.5,0.7,0.9: of neurons, or of inputs for methods that skip those; 0 is dense.",
         metavar="K,...",
         parse=parse_sparsity,
-        panel=Panel.SPARSITY,
     )
     method: tuple[str, ...] = option(
-        ("cats",),
-        help=f"Of {', '.join(METHODS)}; or criteria, as cats sparsify takes them.",
-        metavar="NAME,...",
-        panel=Panel.SPARSITY,
+        ("cats",), help=f"Of {', '.join(METHODS)}; or criteria, as cats sparsify takes them.", metavar="NAME,..."
     )
-    profile: Path | None = option(None, help="From cats calibrate, for the thresholds.", panel=Panel.SPARSITY)
-    calibration: str | None = option(
-        None,
-        help="Text to calibrate on, if there is no profile.",
-        metavar="FILE|DATASET",
-        panel=Panel.SPARSITY,
-    )
+    profile: Path | None = option(None, help="From cats calibrate, for the thresholds.")
+    calibration: str | None = option(None, help="Text to calibrate on, if there is no profile.", metavar="FILE|DATASET")
     equal_bytes: bool = option(
-        False,
-        help="Let methods that skip inputs (teal, teal-greedy, wina) skip as many weights as CATS at the same K.",
-        panel=Panel.SPARSITY,
+        False, help="Let methods that skip inputs (teal, teal-greedy, wina) skip as many weights as CATS at the same K."
     )
     checkpoint: tuple[str, ...] = option(
-        (),
-        help="A saved checkpoint to evaluate beside MODEL. Repeatable.",
-        metavar="FOLDER",
-        repeated=True,
-        panel=Panel.SPARSITY,
+        (), help="A saved checkpoint to evaluate beside MODEL. Repeatable.", metavar="FOLDER", repeated=True
     )
     against: str | None = option(
-        None,
-        help="The dense model to compare with. Default: MODEL's own weights without thresholds.",
-        metavar="BASE",
-        panel=Panel.SPARSITY,
+        None, help="The dense model to compare with. Default: MODEL's own weights without thresholds.", metavar="BASE"
     )
     coverage: TokenPolicy = TokenPolicy()
     task_options: TaskOptions = TaskOptions()
@@ -92,9 +73,7 @@ class EvaluationConfig:
     )
     batch_size: int = option(4, help="Sequences computed at a time.", minimum=1, panel=Panel.MEASURING)
     seed: int | None = option(
-        None,
-        help="Draw the sequences in this random order. Default: in the order of the text.",
-        panel=Panel.MEASURING,
+        None, help="Draw the sequences in this random order. Default: in the order of the text.", panel=Panel.MEASURING
     )
     cache: Path | None = option(
         None,
