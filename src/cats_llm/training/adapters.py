@@ -28,8 +28,9 @@ def adaptable(model: nn.Module, names: Sequence[str] | None = None) -> list[str]
         paths = [path for _, linears in layers for path in linears if _name(path) in names]
         missing = [name for name in names if name not in map(_name, paths)]
         if missing:
-            known = _list(sorted({_name(path) for path in _linears(base)}))
-            raise CatsError(f"no decoder layer has a linear layer {missing[0]!r}; --lora-targets may name {known}.")
+            known = sorted({_name(path) for path in _linears(base)})
+            some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+            raise CatsError(f"no decoder layer has a linear layer {missing[0]!r}; --lora-targets may name {some}.")
         return paths
     attention = [
         _attention([path for path in linears if not path.startswith(f"{mlp.name}.")]) for mlp, linears in layers
@@ -60,10 +61,6 @@ def _attention(paths: list[str]) -> list[str]:
     """Query and value among a layer's linear layers."""
     named = [path for path in paths if _name(path) in ("q_proj", "v_proj")]
     return named or [path for path in paths if "qkv" in _name(path) or path.endswith("query_key_value")]
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
 def add_adapters(model: Any, config: TrainingConfig) -> Any:

@@ -41,17 +41,16 @@ def begin(work: Path, facts: dict[str, Any], resume: bool, force: bool) -> Check
     Raises:
         CatsError: there is an unfinished run that is neither resumed nor to be replaced, or it is another run.
     """
-    checkpoint: Checkpoint | None = None
-    error: str | None = None
+    outcome: Checkpoint | CatsError | None = None
     if distributed.rank() == 0:
         try:
-            checkpoint = _begin(work, json.loads(json.dumps(facts)), resume, force)
-        except CatsError as reason:
-            error = str(reason)
-    checkpoint, error = distributed.broadcast((checkpoint, error))
-    if error is not None:
-        raise CatsError(error)
-    return checkpoint
+            outcome = _begin(work, json.loads(json.dumps(facts)), resume, force)
+        except CatsError as error:
+            outcome = error
+    outcome = distributed.broadcast(outcome)
+    if isinstance(outcome, CatsError):
+        raise outcome
+    return outcome
 
 
 def _begin(work: Path, facts: dict[str, Any], resume: bool, force: bool) -> Checkpoint | None:
