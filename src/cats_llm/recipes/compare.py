@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cats_llm.recipes.recipe import BENCH_MEASURES, Expected, Quantity
+from cats_llm.recipes.recipe import Expected, Quantity
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,8 @@ def _timed(of: Quantity, bench: Mapping[str, Any]) -> float | None:
     values = []
     for row in bench["rows"]:
         if row["contestant"] == of.contestant and of.tokens in (None, row["tokens"]):
-            value: Any = row
-            for step in BENCH_MEASURES[bench["benchmark"]][str(of.measure)]:
-                value = value[step]
-            values.append(float(value))
+            value = row[of.measure]
+            values.append(float(value["median"] if isinstance(value, dict) else value))
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
