@@ -18,8 +18,16 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation.tasks import TASK_SETS
 from cats_llm.options import option_fields
 from cats_llm.recipes import load, reproduce
-from cats_llm.recipes.compare import compare
-from cats_llm.recipes.recipe import CalibrationSection, EvaluationPlan, Expected, Quantity
+from cats_llm.recipes.recipe import (
+    BenchPlan,
+    CalibrationSection,
+    Comparison,
+    EvaluationPlan,
+    Expected,
+    FinetuningPlan,
+    Quantity,
+    ThresholdPlan,
+)
 from cats_llm.text import RowFormat
 from cats_llm.training.classification_data import TASKS
 from cats_llm.training.config import DataConfig, TrainingConfig
@@ -339,18 +347,22 @@ def test_smoke_needs_documents(recipe, capsys):
 # comparing
 
 
+def compare(plan, items, **results):
+    return [Comparison(item, *plan.measured(item.of, results)) for item in items]
+
+
 def test_differences():
     rows = [{"metric": "acc", "value": 0.7, "stderr": 0.01}, {"metric": "f1", "value": 0.1, "stderr": None}]
     common = {"variant": "dense", "task": "t", "sparsity": {"model": 0.2}}
     result = {"results": [common | row for row in rows]}
     items = [Expected(0.6, "", Quantity("dense", "t", m)) for m in ("acc", "f1", "model_sparsity", "em")]
-    acc, f1, share, missing = compare(items, result=result)
+    acc, f1, share, missing = compare(EvaluationPlan(("t",), (0.5,)), items, result=result)
     assert (acc.measured, acc.stderr, acc.difference) == (0.7, 0.01, pytest.approx(0.1))
     assert (f1.measured, f1.difference) == (0.1, pytest.approx(-0.5))
     assert (share.measured, share.difference) == (0.2, pytest.approx(-0.4))
     assert (missing.measured, missing.difference) == (None, None)
     ranges = [Expected(value, "", Quantity(layer=1)) for value in ((1, 3), (3, 4), (0, 1))]
-    inside, below, above = compare(ranges, thresholds={1: 2.0})
+    inside, below, above = compare(ThresholdPlan(0.5), ranges, thresholds={1: 2.0})
     assert (inside.difference, below.difference, above.difference) == (0, -1, 1)
 
 
@@ -361,7 +373,7 @@ def test_a_number_over_all_lengths_is_their_geometric_mean():
     ]
     of = Quantity(contestant="k = 0.5", measure="speedup_over_stock")
     items = [Expected(2, "", replace(of, tokens=n)) for n in (None, 8, 9)]
-    found = compare(items, bench={"benchmark": "decode", "rows": rows})
+    found = compare(BenchPlan("decode", (0.5,)), items, bench={"benchmark": "decode", "rows": rows})
     assert [item.measured for item in found] == [pytest.approx(2.0), 1.0, 4.0]
 
 
@@ -373,7 +385,8 @@ def test_fine_tuning_is_compared_with_relu_at_the_same_steps():
     logs = [run("relu", 20, 15, 12, 10), run("a", 30, 14, 13, 8), run("b", 9, 8, 8, None), run("c", 7)]
     measures = ("perplexity_over_relu", "ahead_of_relu")
     items = [Expected(1, "", Quantity(variant=v, measure=m)) for v in "abcd" for m in measures]
-    found = [item.measured for item in compare(items, training={"runs": logs})]
+    plan = FinetuningPlan(("relu",), (0.5,), "t", training=TrainingConfig(steps=20))
+    found = [item.measured for item in compare(plan, items, training={"runs": logs})]
     assert found == [0.8, pytest.approx(2 / 3), None, None, None, None, None, None]
 
 

@@ -1,5 +1,6 @@
 """What a recipe is. Its sections are dataclasses of options, so that YAML files are read by them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,13 @@ measurements after the first step at which its perplexity is the lower one."""
 Choices = Mapping[str, tuple[Any, ...] | None]
 """Names of the members of a `Quantity` with the values that they may have; None: any."""
 
+Results = Mapping[str, Any]
+"""The measurements in full, as `cats eval`, `cats bench` and `cats finetune` write them, under ``result``, ``bench`` or
+``training``; or ``thresholds``, by layer."""
+
+Measured = tuple[float | None, float | None]
+"""A value, None if it was not measured, and its standard error, None if it is unknown."""
+
 # what every plan with several sparsities says of them
 _SPARSITIES: dict[str, Any] = {
     "parse": parse_sparsity,
@@ -57,6 +65,14 @@ class EvaluationPlan:
 
     quantity: ClassVar[Choices] = {"variant": None, "task": None, "metric": None}
 
+    def measured(self, of: "Quantity", results: Results) -> Measured:
+        """Of the ``result`` of `cats eval`."""
+        rows = [row for row in results["result"]["results"] if (row["variant"], row["task"]) == (of.variant, of.task)]
+        unit, _, kind = str(of.metric).rpartition("_")
+        if kind == "sparsity" and unit in ("gate", "ffn", "model"):
+            return (rows[0]["sparsity"][unit] if rows else None), None
+        return next(((row["value"], row["stderr"]) for row in rows if row["metric"] == of.metric), (None, None))
+
 
 @dataclass(frozen=True)
 class ThresholdPlan:
@@ -67,6 +83,10 @@ class ThresholdPlan:
     )
 
     quantity: ClassVar[Choices] = {"layer": None}
+
+    def measured(self, of: "Quantity", results: Results) -> Measured:
+        """Of the ``thresholds`` by layer."""
+        return results["thresholds"].get(of.layer), None
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,15 @@ class BenchPlan:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of generation, each measured by itself."""
         return () if self.kind == "mlp" else self.tokens or (16,)
+
+    def measured(self, of: "Quantity", results: Results) -> Measured:
+        """Of the ``bench`` of `cats bench`."""
+        values = []
+        for row in results["bench"]["rows"]:
+            if row["contestant"] == of.contestant and of.tokens in (None, row["tokens"]):
+                value = row[of.measure]
+                values.append(float(value["median"] if isinstance(value, dict) else value))
+        return (math.exp(sum(map(math.log, values)) / len(values)) if values else None), None
 
 
 @dataclass(frozen=True)
@@ -155,6 +184,19 @@ class FinetuningPlan:
         """What a number of this plan is of."""
         return {"variant": tuple(self.runs), "measure": TRAINING_MEASURES}
 
+    def measured(self, of: "Quantity", results: Results) -> Measured:
+        """Of the logs in ``training`` of this run and ReLU's; None where a perplexity is not finite."""
+        logs = results["training"]["runs"]
+        curves = {log["name"]: {entry["step"]: entry["perplexity"] for entry in log["evaluations"]} for log in logs}
+        ours, relu = curves.get(of.variant, {}), curves.get("relu", {})
+        # both measured at the same steps
+        pairs = [(ours[step], relu[step]) for step in sorted(ours.keys() & relu.keys()) if step > 0]
+        if not pairs or any(value is None for pair in pairs for value in pair):
+            return None, None
+        if of.measure == "perplexity_over_relu":
+            return float(pairs[-1][0] / pairs[-1][1]), None
+        return float(sum(a < b for a, b in pairs) / len(pairs)), None
+
 
 Plan = EvaluationPlan | ThresholdPlan | BenchPlan | FinetuningPlan
 PLANS: dict[str, type[Plan]] = {
@@ -203,6 +245,24 @@ class Expected:
     value: float | tuple[float, float]
     source: str = option(help="Who published it where.", expected="text, here or for the whole recipe")
     of: Quantity = Quantity()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published number and ours. ``measured`` is None if it was not measured, ``stderr`` if it is unknown."""
+
+    expected: Expected
+    measured: float | None
+    stderr: float | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """Measured minus expected; for a range, from its nearer end, and 0 inside."""
+        if self.measured is None:
+            return None
+        value = self.expected.value
+        low, high = value if isinstance(value, tuple) else (value, value)
+        return self.measured - low if self.measured < low else max(0.0, self.measured - high)
 
 
 @dataclass(frozen=True)

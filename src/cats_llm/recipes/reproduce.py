@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,15 +27,16 @@ from cats_llm.loading import ModelSource
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.outputs import check_output, write_json
 from cats_llm.progress import Track, untracked
-from cats_llm.recipes.compare import Comparison, compare
 from cats_llm.recipes.load import smoke_data
 from cats_llm.recipes.recipe import (
     BenchPlan,
     CalibrationSection,
+    Comparison,
     EvaluationPlan,
     FinetuningPlan,
     Recipe,
     ReproduceConfig,
+    Results,
     ThresholdPlan,
 )
 from cats_llm.text import TextSource
@@ -54,14 +55,12 @@ class Reproduction:
     Attributes:
         recipe: as published, also where a smoke run did less.
         comparisons: one for each number of the recipe.
-        results: the measurements in full, as `cats eval`, `cats bench` and `cats finetune` write them, under
-            ``result``, ``bench`` or ``training``; or ``thresholds``, by layer.
     """
 
     recipe: Recipe
     smoke: bool
     comparisons: tuple[Comparison, ...]
-    results: Mapping[str, Any]
+    results: Results
 
     def write(self, out: Path) -> None:
         """The comparison and the results in full, into a folder."""
@@ -136,8 +135,8 @@ def reproduce(
         results = _Run(run, here, force or config.out is None, notify, progress, track, command).measure()
     comparisons = tuple(
         # labels as published, also where a smoke run is shorter
-        replace(number, expected=expected)
-        for number, expected in zip(compare(run.expected, **results), recipe.expected, strict=True)
+        Comparison(published, *run.plan.measured(number.of, results))
+        for number, published in zip(run.expected, recipe.expected, strict=True)
     )
     reproduction = Reproduction(recipe, config.smoke, comparisons, results)
     if config.out is not None:
@@ -157,8 +156,8 @@ class _Run:
     track: Track
     command: str
 
-    def measure(self) -> dict[str, Any]:
-        """What `compare` takes: the result, thresholds, bench or training."""
+    def measure(self) -> Results:
+        """What the plan measures."""
         plan = self.recipe.plan
         if isinstance(plan, FinetuningPlan):
             return {"training": self._finetune(plan)}
