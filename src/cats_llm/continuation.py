@@ -98,9 +98,9 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[torch.Tensor, tor
             encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             encoded = tokenizer(prompt)["input_ids"]
+    except CatsError:
+        raise
     except (TypeError, ValueError) as error:
-        if isinstance(error, CatsError):
-            raise
         raise CatsError("the tokenizer cannot read the prompt; it must be valid text.") from error
     if not encoded:
         raise CatsError("the prompt is empty; pass some text with --prompt.")

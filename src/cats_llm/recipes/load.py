@@ -108,14 +108,8 @@ def _recipe(values: dict[Any, Any], path: Path) -> Recipe:
         raise CatsError(f"{place}expected is {str(numbers)[:60]!r} and should be a list of mappings.")
     source = {"source": values["source"]} if "source" in values else {}
     expected = tuple(_expected(source | number, f"{place}expected[{i}].", plan) for i, number in enumerate(numbers))
-    sections = {"plan": plan, "calibration": calibration, "expected": expected}
-    return from_mapping(
-        Recipe,
-        values,
-        place,
-        beside=(*PLANS, "calibration", "expected"),
-        computed={"name": path.stem, **sections},
-    )
+    computed = {"name": path.stem, "plan": plan, "calibration": calibration, "expected": expected}
+    return from_mapping(Recipe, values, place, beside=(*PLANS, "calibration", "expected"), computed=computed)
 
 
 def _section(config: type[T], values: dict[Any, Any], name: str, place: str) -> T:

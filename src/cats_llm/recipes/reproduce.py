@@ -327,15 +327,14 @@ def check(recipe: Recipe) -> None:
     plan = recipe.plan
     if not isinstance(plan, EvaluationPlan):
         return
-    for name in plan.methods:
-        try:
-            method(name)
-        except CatsError as error:
-            raise CatsError(f"the recipe {recipe.name}: {error}") from error
     variants = {"dense"}
     for name in plan.methods:
-        variants |= {f"{name} k={k:g}" for k in plan.sparsities} if method(name).takes_sparsity else {name}
-    tasks = {*expand(plan.tasks)[0], *expand(plan.tasks)[1]}
+        try:
+            takes_sparsity = method(name).takes_sparsity
+        except CatsError as error:
+            raise CatsError(f"the recipe {recipe.name}: {error}") from error
+        variants |= {f"{name} k={k:g}" for k in plan.sparsities} if takes_sparsity else {name}
+    tasks = {name for names in expand(plan.tasks) for name in names}
     for number in recipe.expected:
         for what, value, known in (("variant", number.of.variant, variants), ("task", number.of.task, tasks)):
             if value not in known:

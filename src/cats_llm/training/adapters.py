@@ -32,19 +32,13 @@ def adaptable(model: nn.Module, names: Sequence[str] | None = None) -> list[str]
             some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
             raise CatsError(f"no decoder layer has a linear layer {missing[0]!r}; --lora-targets may name {some}.")
         return paths
-    attention = [
-        _attention([path for path in linears if not path.startswith(f"{mlp.name}.")]) for mlp, linears in layers
-    ]
-    if not any(attention):
+    attention = [path for mlp, linears in layers for path in _attention(linears, mlp.name)]
+    if not attention:
         raise CatsError(
             f"{type(base).__name__} has no attention with q_proj and v_proj or a fused layer for them; name the layers "
             "that get adapters with --lora-targets."
         )
-    return [
-        path
-        for (mlp, _), projections in zip(layers, attention, strict=True)
-        for path in (*projections, *(f"{mlp.name}.{part}" for part in mlp.roles.projections))
-    ]
+    return attention + [f"{mlp.name}.{part}" for mlp, _ in layers for part in mlp.roles.projections]
 
 
 def _name(path: str) -> str:
@@ -57,8 +51,9 @@ def _linears(model: nn.Module, prefix: str = "") -> list[str]:
     return [path for path, module in modules if isinstance(module, nn.Linear)]
 
 
-def _attention(paths: list[str]) -> list[str]:
-    """Query and value among a layer's linear layers."""
+def _attention(paths: list[str], mlp: str) -> list[str]:
+    """Query and value among a layer's linear layers, which may not be of its MLP."""
+    paths = [path for path in paths if not path.startswith(f"{mlp}.")]
     named = [path for path in paths if _name(path) in ("q_proj", "v_proj")]
     return named or [path for path in paths if "qkv" in _name(path) or path.endswith("query_key_value")]
 

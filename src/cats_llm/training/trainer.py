@@ -87,8 +87,8 @@ class CatsTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             self.model_wrapped,
         )
         self.note(evaluation=measurement)
-        numbers = {name: measurement.get(name) for name in ("loss", "perplexity", "accuracy")}
-        metrics = {f"eval_{name}": value for name, value in numbers.items() if value is not None}
+        numbers = ("loss", "perplexity", "accuracy")
+        metrics = {f"eval_{name}": measurement[name] for name in numbers if measurement.get(name) is not None}
         if "sparsity" in measurement:
             metrics["eval_sparsity"] = measurement["sparsity"]["gate"]
         self.log(metrics)
@@ -116,8 +116,9 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
         """A line a measurement."""
         if not state.is_world_process_zero:
             return
-        write_json(self.file, split_history(state.log_history), force=True)
-        measurement = next(entry["evaluation"] for entry in reversed(state.log_history) if "evaluation" in entry)
+        log = split_history(state.log_history)
+        write_json(self.file, log, force=True)
+        measurement = log["evaluations"][-1]
         perplexity = measurement["perplexity"]
         line = f"held-out perplexity {number(perplexity) if known(perplexity) else 'not finite'}"
         if "accuracy" in measurement:
