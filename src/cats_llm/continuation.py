@@ -54,7 +54,7 @@ def continue_prompt(
 
     decoding = decoding or Decoding()
     check_predicts_tokens(model, "generating text")
-    ids, mask = _encoded(tokenizer, prompt, decoding.chat)
+    ids = _encoded(tokenizer, prompt, decoding.chat)
     check_tokens(model, ids, tokenizer)
     length = ids.shape[1]
     room, limit = decoding.max_new_tokens, learned_positions(model)
@@ -77,9 +77,8 @@ def continue_prompt(
         # generate does not hand its streamer on to a custom loop
         loop = {"custom_generate": functools.partial(graph_decode, streamer=clock)}
     with torch.no_grad(), text_alone(model), _own_settings(model, settings) as config:
-        output = model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **loop
-        )
+        ids = ids.to(model.device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **loop)
     new = output[0, length:].tolist()
     return {
         "text": readable.decode(new, skip_special_tokens=True),
@@ -88,8 +87,8 @@ def continue_prompt(
     }
 
 
-def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask, (1, T)."""
+def _encoded(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """input_ids, (1, T)."""
     try:
         if chat:
             if not getattr(tokenizer, "chat_template", None):
@@ -104,8 +103,7 @@ def _encoded(tokenizer: Any, prompt: str, chat: bool) -> tuple[torch.Tensor, tor
         raise CatsError("the tokenizer cannot read the prompt; it must be valid text.") from error
     if not encoded:
         raise CatsError("the prompt is empty; pass some text with --prompt.")
-    ids = torch.tensor([encoded])
-    return ids, torch.ones_like(ids)
+    return torch.tensor([encoded])
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def test_what_else_a_tokenizer_returns_is_left_out(folder, tmp_path, more, names
 class TestChat:
     def prompt(self, tokenizer, template):
         tokenizer.chat_template = template
-        return tokenizer.decode(continuation._encoded(tokenizer, "The king", chat=True)[0][0])
+        return tokenizer.decode(continuation._encoded(tokenizer, "The king", chat=True)[0])
 
     @pytest.fixture
     def tokenizer(self):
