@@ -55,6 +55,31 @@ class CalibrationSection:
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """What a published number is of; every plan has its own members (``quantity``)."""
+
+    variant: str | None = option(None, help="dense, a method, or a method with k=0.5.")
+    task: str | None = option(None, help="A task or set of tasks.")
+    metric: str | None = option(None, help="A metric, or gate_, ffn_ or model_sparsity.")
+    layer: int | None = option(None, minimum=0, help="The index of a layer.")
+    contestant: str | None = option(None, help="What was timed.")
+    measure: str | None = option(None, help="What was measured of it.")
+    tokens: int | None = option(None, minimum=1, help="One of the lengths of generation.")
+
+    @property
+    def label(self) -> str:
+        """What it is of, for people."""
+        if self.layer is not None:
+            return f"threshold of layer {self.layer}"
+        if self.contestant is not None:
+            length = f", {self.tokens} tokens" if self.tokens is not None else ""
+            return f"{self.contestant}{length}: {self.measure}"
+        if self.measure is not None:
+            return f"{self.variant}: {self.measure}"
+        return f"{self.variant}, {self.task}: {self.metric}"
+
+
+@dataclass(frozen=True)
 class EvaluationPlan:
     """Variants of the model on tasks; as the options of `cats eval`. The dense variant is always there."""
 
@@ -65,7 +90,7 @@ class EvaluationPlan:
 
     quantity: ClassVar[Choices] = {"variant": None, "task": None, "metric": None}
 
-    def measured(self, of: "Quantity", results: Results) -> Measured:
+    def measured(self, of: Quantity, results: Results) -> Measured:
         """Of the ``result`` of `cats eval`."""
         rows = [row for row in results["result"]["results"] if (row["variant"], row["task"]) == (of.variant, of.task)]
         unit, _, kind = str(of.metric).rpartition("_")
@@ -84,7 +109,7 @@ class ThresholdPlan:
 
     quantity: ClassVar[Choices] = {"layer": None}
 
-    def measured(self, of: "Quantity", results: Results) -> Measured:
+    def measured(self, of: Quantity, results: Results) -> Measured:
         """Of the ``thresholds`` by layer."""
         return results["thresholds"].get(of.layer), None
 
@@ -126,7 +151,7 @@ class BenchPlan:
         """Tokens of generation, each measured by itself."""
         return () if self.kind == "mlp" else self.tokens or (16,)
 
-    def measured(self, of: "Quantity", results: Results) -> Measured:
+    def measured(self, of: Quantity, results: Results) -> Measured:
         """Of the ``bench`` of `cats bench`."""
         values = []
         for row in results["bench"]["rows"]:
@@ -184,7 +209,7 @@ class FinetuningPlan:
         """What a number of this plan is of."""
         return {"variant": tuple(self.runs), "measure": TRAINING_MEASURES}
 
-    def measured(self, of: "Quantity", results: Results) -> Measured:
+    def measured(self, of: Quantity, results: Results) -> Measured:
         """Of the logs in ``training`` of this run and ReLU's; None where a perplexity is not finite."""
         logs = results["training"]["runs"]
         curves = {log["name"]: {entry["step"]: entry["perplexity"] for entry in log["evaluations"]} for log in logs}
@@ -206,31 +231,6 @@ PLANS: dict[str, type[Plan]] = {
     "finetuning": FinetuningPlan,
 }
 """By the section of a recipe that says it."""
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """What a published number is of; every plan has its own members (``quantity``)."""
-
-    variant: str | None = option(None, help="dense, a method, or a method with k=0.5.")
-    task: str | None = option(None, help="A task or set of tasks.")
-    metric: str | None = option(None, help="A metric, or gate_, ffn_ or model_sparsity.")
-    layer: int | None = option(None, minimum=0, help="The index of a layer.")
-    contestant: str | None = option(None, help="What was timed.")
-    measure: str | None = option(None, help="What was measured of it.")
-    tokens: int | None = option(None, minimum=1, help="One of the lengths of generation.")
-
-    @property
-    def label(self) -> str:
-        """What it is of, for people."""
-        if self.layer is not None:
-            return f"threshold of layer {self.layer}"
-        if self.contestant is not None:
-            length = f", {self.tokens} tokens" if self.tokens is not None else ""
-            return f"{self.contestant}{length}: {self.measure}"
-        if self.measure is not None:
-            return f"{self.variant}: {self.measure}"
-        return f"{self.variant}, {self.task}: {self.metric}"
 
 
 @dataclass(frozen=True)
