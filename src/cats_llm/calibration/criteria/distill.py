@@ -7,7 +7,7 @@ with any compensation, and weights stay as they are. The dense model is the teac
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from cats_llm.calibration.batches import CalibrationText, run_decoder
 from cats_llm.calibration.criteria.divergence import counted_tokens, divergence, logits_of
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
-from cats_llm.model.contexts import as_dense
 from cats_llm.model.sparse_mlp import SparseMLP
-from cats_llm.model.sparsify import sparse_module
+from cats_llm.model.sparsify import as_dense, sparse_module
 from cats_llm.model.structure import GatedMLP
 
 
@@ -42,10 +41,6 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rounds < 1 or not self.rate > 0:
             raise CatsError("distillation takes at least one step and round, and a rate above 0.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings by name, for the record in a config."""
-        return asdict(self)
 
 
 def distill(

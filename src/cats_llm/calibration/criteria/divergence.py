@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.batches import run_decoder
 from cats_llm.distributed import sum_over_processes
-from cats_llm.model.contexts import as_dense
+from cats_llm.model.sparsify import as_dense
 
 # rows at a time: vocabularies are large, and logarithms are taken in float32
 _ROWS = 1024
