@@ -91,11 +91,6 @@ def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def sum_counts(counts: dict[Key, tuple[int, int]]) -> dict[Key, tuple[int, int]]:
-    """What was skipped and seen, by layer, summed over the processes."""
-    return add_counts(gather(counts))
-
-
 def add_counts(parts: Iterable[Mapping[Key, tuple[int, int]]]) -> dict[Key, tuple[int, int]]:
     """The sum of several counts of what was skipped and seen."""
     total: dict[Key, tuple[int, int]] = {}

@@ -192,15 +192,12 @@ def _record(key: str, value: object) -> dict[str, Any]:
 def _digest_of(record: Mapping[Any, Any]) -> str:
     """The digest in the JSON entry that stands for vectors."""
     sha256 = record.get("sha256")
-    if set(record) != {"file", "sha256"} or record["file"] != FILE or not _is_sha256(sha256):
+    is_digest = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
+    if set(record) != {"file", "sha256"} or record["file"] != FILE or not is_digest:
         raise CatsError(
             f"vectors in the CATS config is {short(dict(record))}; it must be the file {FILE} and its sha256."
         )
     return str(sha256)
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _by_known_layer(vectors: object, thresholds: Mapping[int, float]) -> dict[int, LayerTensors] | None:

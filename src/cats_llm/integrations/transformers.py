@@ -21,6 +21,8 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
     """Makes a model sparse while transformers loads it. It quantises nothing: weights stay as they are."""
 
     requires_calibration = False
+    is_trainable = True  # gradients flow through the thresholded activation
+    is_compileable = True
     quantization_config: CatsConfig
 
     def _process_model_before_weight_loading(
@@ -48,16 +50,6 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
 
     def is_serializable(self) -> bool:
         """A CATS model can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Gradients flow through the thresholded activation."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """`generate` may compile a CATS model."""
         return True
 
 

@@ -63,7 +63,7 @@ def evaluate(
     losses, all_tokens, rights = zip(*distributed.gather((loss, tokens, right)), strict=True)
     tokens = sum(all_tokens)
     mean = sum(losses) / tokens
-    counts = distributed.sum_counts(counter.counts())
+    counts = distributed.add_counts(distributed.gather(counter.counts()))
     measurement: dict[str, Any] = {
         "loss": mean if math.isfinite(mean) else None,
         "perplexity": exp(mean) if math.isfinite(exp(mean)) else None,
