@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
-from cats_llm.model.contexts import as_dense
+from cats_llm.model.sparsify import as_dense
 from cats_llm.model.tokens import check_positions, check_tokens
 
 # rows of logits held in float32 at a time

@@ -1,6 +1,7 @@
 """Make a model sparse in place, set what it computes with, make it dense again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from cats_llm.model.structure import (
     check_function,
     execution_device,
     find_gated_mlps,
+    quantization_of,
     unwrap,
 )
 from cats_llm.model.token_mask import set_token_mask
@@ -47,12 +49,11 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
             "calibrate(model, batches).config(sparsity=0.5)."
         )
     base: Any = unwrap(model)
-    existing = getattr(getattr(base, "config", None), "quantization_config", None)
+    existing, method = quantization_of(base)
     if existing is not None and not isinstance(existing, CatsConfig):
-        method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method
         raise CatsError(
-            f"this model is already quantised with {getattr(method, 'value', method)}; a checkpoint has room for one "
-            "method, so start from the unquantised model."
+            f"this model is already quantised with {method}; a checkpoint has room for one method, so start from the "
+            "unquantised model."
         )
     mlps = find_gated_mlps(base)
     _check_layers(mlps, config)
@@ -172,11 +173,39 @@ def densify(model: Model) -> Model:
         for name, child in list(parent._modules.items()):  # named_children leaves out a child that it has named
             if isinstance(child, SparseMLP):
                 setattr(parent, name, child.dense_module())
-    config = getattr(base, "config", None)
-    if isinstance(getattr(config, "quantization_config", None), CatsConfig):
+    if isinstance(quantization_of(base)[0], CatsConfig):
         del base.config.quantization_config
         vars(base).pop("hf_quantizer", None)
     return model
+
+
+@contextmanager
+def as_dense(model: nn.Module) -> Iterator[None]:
+    """Let a sparse model compute the dense function while the context lasts. A dense model is left alone."""
+    before = {mlp: mlp.sparse for mlp in sparse_mlps(model).values()}
+    try:
+        for mlp in before:
+            mlp.sparse = False
+        yield
+    finally:
+        for mlp, sparse in before.items():
+            mlp.sparse = sparse
+
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Leave the model as it was found, dense or with its own thresholds, whatever is done to it in between."""
+    before = {mlp: mlp.sparse for mlp in sparse_mlps(model).values()}
+    config = quantization_of(model)[0] if before else None
+    try:
+        yield
+    finally:
+        for mlp, sparse in before.items():
+            mlp.sparse = sparse
+        if isinstance(config, CatsConfig):
+            sparsify(model, config)
+        else:
+            densify(model)
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:

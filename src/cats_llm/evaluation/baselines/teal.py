@@ -19,7 +19,7 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation.baselines.input_mask import InputConfig, Keep, decoder_linears
 from cats_llm.evaluation.method_data import MethodData
 from cats_llm.kernels.definition import keep_mask
-from cats_llm.model.contexts import as_dense
+from cats_llm.model.sparsify import as_dense
 from cats_llm.model.structure import eval_mode, execution_device
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
