@@ -56,7 +56,7 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
             "unquantised model."
         )
     mlps = find_gated_mlps(base)
-    _check_layers(mlps, config)
+    check_layers(mlps, config)
     for mlp in mlps:
         if not isinstance(mlp.module, SparseMLP):
             check_function(mlp)
@@ -76,7 +76,12 @@ def _check_names(mlp: GatedMLP) -> None:
         )
 
 
-def _check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
+def check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
+    """Make sure that a config is of the model that has these MLPs.
+
+    Raises:
+        CatsError: another number of layers, or vectors of other sizes.
+    """
     layers = [mlp.layer for mlp in mlps]
     if sorted(config.thresholds) != layers:
         raise CatsError(
@@ -109,26 +114,6 @@ def swap_mlps(mlps: list[GatedMLP]) -> None:
             sparse = SparseMLP(mlp, threshold)
             for parent, name in mlp.parents:
                 setattr(parent, name, sparse)
-
-
-def swap_before_loading(model: nn.Module, config: CatsConfig) -> None:
-    """Swap the gated MLPs of a model whose weights are not loaded yet (it may be on the meta device).
-
-    Raises:
-        CatsError: no gated MLP, or another number of layers than the config's.
-    """
-    mlps = find_gated_mlps(model)
-    _check_layers(mlps, config)
-    swap_mlps(mlps)
-
-
-def swap_for_calibration(model: nn.Module) -> list[GatedMLP]:
-    """The model's gated MLPs, all of them sparse modules that compute the dense function."""
-    swap_mlps(find_gated_mlps(model))
-    mlps = find_gated_mlps(model)
-    for mlp in mlps:
-        sparse_module(mlp).sparse = False
-    return mlps
 
 
 def sparse_module(mlp: GatedMLP) -> SparseMLP:

@@ -35,11 +35,6 @@ class GatedMLP:
     roles: Roles
 
     @property
-    def fused(self) -> bool:
-        """One projection gives gate and up."""
-        return self.roles.fused
-
-    @property
     def activation(self) -> Activation:
         """The activation function."""
         return self.roles.activation_of(self.module)
@@ -56,11 +51,7 @@ class GatedMLP:
 
     def gate_of(self, output: Tensor) -> Tensor:
         """The gate, (..., f), in the output of `gate_linear`."""
-        return self.roles.halves(output)[0] if self.fused else output
-
-    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x W_gate`` and ``x W_up``, (..., f), through the module's own projections."""
-        return self.roles.gate_and_up(self.module, x)
+        return self.roles.halves(output)[0] if self.roles.fused else output
 
     @property
     def hidden_size(self) -> int:

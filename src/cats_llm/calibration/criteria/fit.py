@@ -23,8 +23,8 @@ from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.distributed import gather, sum_over_processes
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.architecture import check_predicts_tokens
-from cats_llm.model.sparsify import restoring, sparse_module, swap_for_calibration
-from cats_llm.model.structure import GatedMLP, observe_inputs
+from cats_llm.model.sparsify import restoring, sparse_module, swap_mlps
+from cats_llm.model.structure import GatedMLP, find_gated_mlps, observe_inputs
 from cats_llm.model.token_mask import set_token_mask
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -99,7 +99,10 @@ def fit(
     with calibrating(model), restoring(model):
         read = read_batches(model, batches, tokenizer)
         text = CalibrationText(read, TokenPolicy(dense_first_tokens=coverage.dense_first_tokens))
-        swapped = swap_for_calibration(model)
+        swap_mlps(find_gated_mlps(model))
+        swapped = find_gated_mlps(model)
+        for mlp in swapped:
+            sparse_module(mlp).sparse = False  # it computes the dense function
         reached = _reached(model, swapped, text)
         not_run = tell_not_run(swapped, reached)
         mlps = [mlp for mlp in swapped if mlp.layer in reached]
@@ -192,7 +195,7 @@ def _threshold(mlp: GatedMLP, rows: list[Tensor], weights: Tensor, sparsity: flo
     same = bool((weights == 1).all())
     histogram = GateHistogram(weights.device)
     for x in rows:
-        gate, _ = mlp.gate_and_up(x)
+        gate, _ = mlp.roles.gate_and_up(mlp.module, x)
         histogram.add(gate if same else gate_activation(gate, mlp.activation).abs() * weights)
     sum_over_processes(histogram.tensors())
     histogram.check(mlp.layer)
