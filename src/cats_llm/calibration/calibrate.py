@@ -18,7 +18,7 @@ from cats_llm.calibration.batches import (
     rows_of,
     run_decoder,
 )
-from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.calibration.distribution import GateHistogram
 from cats_llm.calibration.profile import NOT_RUN, Profile
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError

@@ -16,15 +16,6 @@ from cats_llm.model.structure import GatedMLP, activation_name
 if TYPE_CHECKING:
     from cats_llm.model.token_mask import TokenMask
 
-# where nn.Module keeps the hooks of its calls
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
 STATE = {
     "threshold",
     "compensation",
@@ -70,7 +61,8 @@ class SparseMLP(nn.Module):
         # not registered: its children are ours, and the state dict must not name them twice
         self.__dict__["_dense"] = dense
         # one set of hooks and of children for both: what is attached or replaced, now or later, stays after densify
-        for attribute in (*_HOOKS, "_modules"):
+        hooks = [name for name in vars(dense) if name.startswith("_forward_") and "hooks" in name]
+        for attribute in (*hooks, "_modules"):
             setattr(self, attribute, getattr(dense, attribute))
         self.layer, self.roles = mlp.layer, mlp.roles
         self.__dict__["_relufied"] = None

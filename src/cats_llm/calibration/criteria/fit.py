@@ -16,7 +16,7 @@ from cats_llm.calibration.criteria.distill import Distillation, distill
 from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.calibration.criteria.sequential import run_layer_by_layer
 from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, hidden_parts
-from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.calibration.distribution import GateHistogram
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
 from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.checkpoint.token_policy import TokenPolicy
