@@ -116,12 +116,6 @@ def swap_mlps(mlps: list[GatedMLP]) -> None:
                 setattr(parent, name, sparse)
 
 
-def sparse_module(mlp: GatedMLP) -> SparseMLP:
-    """The module of a gated MLP that is sparse already."""
-    assert isinstance(mlp.module, SparseMLP)
-    return mlp.module
-
-
 def set_config(model: nn.Module, config: CatsConfig) -> None:
     """Give a model that has sparse MLPs the thresholds, vectors and tokens of a config, which is saved with it."""
     base: Any = unwrap(model)

@@ -18,7 +18,7 @@ from cats_llm.calibration.criteria.divergence import counted_tokens, divergence,
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.sparse_mlp import SparseMLP
-from cats_llm.model.sparsify import as_dense, sparse_module
+from cats_llm.model.sparsify import as_dense, sparse_mlps
 from cats_llm.model.structure import GatedMLP
 
 
@@ -59,7 +59,8 @@ def distill(
         settings: see `Distillation`.
         part: which of the rounds this is.
     """
-    modules = {mlp.layer: sparse_module(mlp) for mlp in mlps}
+    by_layer = sparse_mlps(model)
+    modules = {mlp.layer: by_layer[mlp.layer] for mlp in mlps}
     inputs = text.inputs
     sizes = _output_sizes(model, modules, inputs[0] if inputs else {})
     steps = max(1, settings.steps // settings.rounds)

@@ -23,7 +23,7 @@ from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.distributed import gather, sum_over_processes
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.architecture import check_predicts_tokens
-from cats_llm.model.sparsify import restoring, sparse_module, swap_mlps
+from cats_llm.model.sparsify import restoring, sparse_mlps, swap_mlps
 from cats_llm.model.structure import GatedMLP, find_gated_mlps, observe_inputs
 from cats_llm.model.token_mask import set_token_mask
 
@@ -100,9 +100,9 @@ def fit(
         read = read_batches(model, batches, tokenizer)
         text = CalibrationText(read, TokenPolicy(dense_first_tokens=coverage.dense_first_tokens))
         swap_mlps(find_gated_mlps(model))
+        for module in sparse_mlps(model).values():
+            module.sparse = False  # it computes the dense function
         swapped = find_gated_mlps(model)
-        for mlp in swapped:
-            sparse_module(mlp).sparse = False  # it computes the dense function
         reached = _reached(model, swapped, text)
         not_run = tell_not_run(swapped, reached)
         mlps = [mlp for mlp in swapped if mlp.layer in reached]
@@ -157,12 +157,13 @@ def _through_layers(
     """
     layers: dict[int, FittedLayer] = {}
     token_mask = set_token_mask(model, text.coverage)
-    for mlp in mlps:
-        module = sparse_module(mlp)
+    by_layer = sparse_mlps(model)
+    modules = [by_layer[mlp.layer] for mlp in mlps]
+    for module in modules:
         module.token_mask, module.sparse = token_mask, False
 
     def decide(place: int, inputs: list[Tensor]) -> None:
-        mlp, module = mlps[place], sparse_module(mlps[place])
+        mlp, module = mlps[place], modules[place]
         rows = [rows_of(x, counted) for x, counted in zip(inputs, text.counted, strict=True)]
         share = shares[mlp.layer]
         weights = _score_weights(mlp, rows, criterion, share) if known is None else known[mlp.layer].weights
@@ -174,9 +175,9 @@ def _through_layers(
         module.sparse = criterion.sequential
 
     calls = [partial(run_decoder, model, inputs) for inputs in text.inputs]
-    run_layer_by_layer([mlp.module for mlp in mlps], calls, decide, token_mask)
-    for mlp in mlps:
-        sparse_module(mlp).sparse = True
+    run_layer_by_layer(modules, calls, decide, token_mask)
+    for module in modules:
+        module.sparse = True
     return layers
 
 
