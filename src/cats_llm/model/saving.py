@@ -32,12 +32,11 @@ class _SavePretrained:
         shared = shared_weights(self.model)
         usual = getattr(type(self.model), _METHOD)
         kwargs |= zip(list(inspect.signature(usual).parameters)[2:], args, strict=False)
+        hub = {}
         if kwargs.pop("push_to_hub", False):
             hub = {"repo_id": Path(save_directory).name} | {key: kwargs[key] for key in _HUB if key in kwargs}
             for key in ("repo_id", "commit_message", "private", "create_pr"):
                 kwargs.pop(key, None)
-        else:
-            hub = {}
         if shared and kwargs.get("state_dict") is None:
             kwargs["state_dict"] = _row_by_row(self.model, shared)
         (self.replaced or usual.__get__(self.model))(save_directory, **kwargs)
