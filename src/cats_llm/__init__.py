@@ -16,10 +16,9 @@ from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_decode
 from cats_llm.integrations.transformers import register
-from cats_llm.model.contexts import as_dense
 from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparse_mlp import SparseMLP
-from cats_llm.model.sparsify import densify, sparse_mlps, sparsify, thresholds
+from cats_llm.model.sparsify import as_dense, densify, sparse_mlps, sparsify, thresholds
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.versions import __version__ as __version__
 

@@ -77,8 +77,7 @@ def run_demo(
     text = str(bundled.calibration_text())
     # a seed, so that all of the books are drawn from
     sampling = Sampling(samples, _SEQ_LENGTH, _BATCH_SIZE, seed=0)
-    batches = track(sampling.batches(text, tokenizer, dense), "calibrating", sampling.most_batches())
-    profile = calibrate(dense, batches, text, tokenizer)
+    profile = calibrate(dense, sampling.batches(text, tokenizer, dense, track), text, tokenizer)
     profile = replace(profile, record=profile.record | {"model": _NAME})
     variants = make_variants(dense, ["cats"], SPARSITIES, profile)
     task = PerplexityTask(str(bundled.heldout_text()), "held-out books", _SEQ_LENGTH, samples=samples)

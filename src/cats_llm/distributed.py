@@ -62,11 +62,7 @@ def gather(value: Any) -> list[Any]:
 
 def broadcast(value: Any) -> Any:
     """Rank 0's value, in every process."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather(value)[0]
 
 
 def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
@@ -89,11 +85,6 @@ def leave() -> None:
 
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def sum_counts(counts: dict[Key, tuple[int, int]]) -> dict[Key, tuple[int, int]]:
-    """What was skipped and seen, by layer, summed over the processes."""
-    return add_counts(gather(counts))
 
 
 def add_counts(parts: Iterable[Mapping[Key, tuple[int, int]]]) -> dict[Key, tuple[int, int]]:

@@ -63,7 +63,7 @@ def _facts(skeleton: Any, config: CatsConfig | None, measured: dict[int, float])
             "name": mlp.name,
             "hidden_size": mlp.hidden_size,
             "intermediate_size": mlp.intermediate_size,
-            "fused": mlp.fused,
+            "fused": mlp.roles.fused,
             "activation": activation_name(mlp.activation) or type(mlp.activation).__name__,
             "threshold": config.thresholds.get(mlp.layer) if config else None,
             "vectors": vectors[mlp.layer].sizes() if mlp.layer in vectors else {},

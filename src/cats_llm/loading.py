@@ -20,6 +20,7 @@ from cats_llm.dtypes import DTYPE_NAMES
 from cats_llm.errors import CatsError, first_line
 from cats_llm.model.architecture import build_skeleton, model_class
 from cats_llm.model.sparsify import thresholds
+from cats_llm.model.structure import quantization_of
 from cats_llm.options import Panel, option
 
 logger = logging.getLogger(__name__)
@@ -276,8 +277,7 @@ def check_sparse(model: Any, name: str) -> None:
     Raises:
         CatsError: it did not.
     """
-    config: Any = getattr(model.config, "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    config, method = quantization_of(model)
     if method == QUANT_METHOD and (isinstance(config, dict) or thresholds(model) != config.thresholds):
         raise CatsError(f"{name} is a CATS checkpoint, but it was loaded without its thresholds; please report this.")
 

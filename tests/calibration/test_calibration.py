@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 import cats_llm
 import families
 from cats_llm import CatsError, Profile
-from cats_llm.calibration.distribution import MagnitudeDistribution
-from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.calibration.distribution import GateHistogram, MagnitudeDistribution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

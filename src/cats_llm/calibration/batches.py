@@ -86,29 +86,27 @@ def _all_parts(data: Any, tokenizer: Any) -> Iterator[_Part]:
 
 
 def _parts(item: Any, tokenizer: Any) -> Iterator[_Part]:
+    """Of one batch, or of several in a list; each is first brought into the form of a mapping."""
     if isinstance(item, str):
-        yield from _parts(_tokenized(item, tokenizer), None)
-    elif isinstance(item, Mapping):
-        yield from _from_mapping(item)
+        item = _tokenized(item, tokenizer)
     elif _is_array(item) or _is_sequence(item):
-        yield from ((ids, None) for ids in _blocks(item))
-    elif not isinstance(item, (list, tuple)):
-        raise CatsError(f"a calibration batch is {_described(item)}; {_TAKEN}.")
-    elif _is_masked(item):
-        yield from _from_mapping({"input_ids": item[0], "attention_mask": item[1]})
-    elif item and _is_array(item[0]) and item[0].ndim > 1:
-        yield from ((ids, None) for ids in _blocks(item[0]))
-    elif item and all(map(_is_sequence, item)):
-        yield from ((ids, None) for ids in _blocks(item))
-    else:
+        item = {"input_ids": item}
+    elif isinstance(item, (list, tuple)) and item:
+        if _is_masked(item):
+            item = {"input_ids": item[0], "attention_mask": item[1]}
+        elif _is_array(item[0]) and item[0].ndim > 1:
+            item = {"input_ids": item[0]}
+        elif all(map(_is_sequence, item)):
+            item = {"input_ids": item}
+    if isinstance(item, (list, tuple)):
         for part in item:
             yield from _parts(part, tokenizer)
-
-
-def _from_mapping(batch: Mapping[str, Any]) -> Iterator[_Part]:
-    if batch.get("input_ids") is None:
-        raise CatsError(f"a calibration batch has no input_ids, only {', '.join(map(str, batch)) or 'nothing'}.")
-    ids, mask = _blocks(batch["input_ids"]), batch.get("attention_mask")
+        return
+    if not isinstance(item, Mapping):
+        raise CatsError(f"a calibration batch is {_described(item)}; {_TAKEN}.")
+    if item.get("input_ids") is None:
+        raise CatsError(f"a calibration batch has no input_ids, only {', '.join(map(str, item)) or 'nothing'}.")
+    ids, mask = _blocks(item["input_ids"]), item.get("attention_mask")
     masks = [None] * len(ids) if mask is None else _blocks(mask, "attention_mask")
     if len(masks) != len(ids):
         raise CatsError(f"a calibration batch has {len(ids)} sequences but an attention_mask of {len(masks)}.")
@@ -134,14 +132,12 @@ def _tensor(values: Any, name: str) -> Tensor:
     Raises:
         CatsError: they are no whole numbers.
     """
-    if isinstance(values, Tensor):
-        tensor = values
-    else:
+    tensor: Tensor = values
+    if not isinstance(values, Tensor):
         try:
             array = np.asarray(values)
-            tensor = torch.from_numpy(
-                np.ascontiguousarray(array.astype(np.int64) if array.dtype.kind in "iu" else array)
-            )
+            array = array.astype(np.int64) if array.dtype.kind in "iu" else array
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
         except (TypeError, ValueError, OverflowError) as error:
             raise CatsError(f"{name} of a calibration batch is {_described(values)}; {_TAKEN}.") from error
     if not tensor.numel() or name != "input_ids":

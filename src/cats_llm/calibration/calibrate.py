@@ -1,7 +1,7 @@
 """Run text through the dense model and record how large its gate activations are."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
@@ -18,13 +18,13 @@ from cats_llm.calibration.batches import (
     rows_of,
     run_decoder,
 )
-from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.calibration.distribution import GateHistogram
 from cats_llm.calibration.profile import NOT_RUN, Profile
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_reads_text
-from cats_llm.model.contexts import as_dense
 from cats_llm.model.sparse_mlp import SparseMLP
+from cats_llm.model.sparsify import as_dense
 from cats_llm.model.structure import (
     GatedMLP,
     check_function,
@@ -82,10 +82,10 @@ def calibrate(model: nn.Module, batches: CalibrationData, data: str | None = Non
     check_totals(totals)
     reached = [mlp for mlp in mlps if histograms[mlp.layer].counts.any()]
     layers = {mlp.layer: histograms[mlp.layer].distribution(mlp.activation) for mlp in reached}
-    return Profile(layers, record_of(model, totals, data, tell_not_run(mlps, list(layers))))
+    return Profile(layers, record_of(model, totals, data, tell_not_run(mlps, layers)))
 
 
-def tell_not_run(mlps: Sequence[GatedMLP], reached: Sequence[int]) -> list[int]:
+def tell_not_run(mlps: Sequence[GatedMLP], reached: Collection[int]) -> list[int]:
     """The layers of MLPs that text does not reach, after a warning that they stay dense.
 
     Raises:

@@ -92,9 +92,8 @@ def sparsify_model(
     else:
         model, tokenizer = source.load(), source.tokenizer()
         text = TextSource(str(config.data), config.rows)
-        batches = config.sampling.batches(text, tokenizer, model)
-        once = target.profile_is_enough
-        tracked = track(batches, "calibrating", config.sampling.most_batches()) if once else batches
-        choice = find_config(model, tracked, target, data=config.data, tokenizer=tokenizer, notify=notify)
+        shown = track if target.profile_is_enough else untracked
+        batches = config.sampling.batches(text, tokenizer, model, shown)
+        choice = find_config(model, batches, target, data=config.data, tokenizer=tokenizer, notify=notify)
     written = write_checkpoint(folder, out, choice.config, force)
     return SparsifiedModel(choice, sparsity_of(skeleton, choice.config.layer_sparsity), written, unused)

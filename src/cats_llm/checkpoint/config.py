@@ -78,10 +78,10 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         self.layer_sparsity = _by_layer("layer_sparsity", layer_sparsity or {}, upper=1.0)
         self.calibration = _record("calibration", calibration)
         self.criterion = _record("criterion", criterion)
-        self._vectors: dict[int, LayerTensors] | None = None
-        self._digest: str | None = None  # of a file that is not read yet
+        # or the digest of a file that is not read yet
+        self._vectors: dict[int, LayerTensors] | str | None = None
         if isinstance(vectors, Mapping) and "file" in vectors:
-            self._digest = _digest_of(vectors)
+            self._vectors = _digest_of(vectors)
         elif vectors is not None:
             self._vectors = _by_known_layer(vectors, self.thresholds)
 
@@ -92,7 +92,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         Raises:
             CatsError: the config has only been read from JSON, without their file.
         """
-        if self._digest is not None:
+        if isinstance(self._vectors, str):
             raise CatsError(
                 f"this CATS config names {FILE} but does not hold what is in it; take it from the loaded model "
                 "(model.config.quantization_config)."
@@ -102,14 +102,12 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     @property
     def vectors_are_loaded(self) -> bool:
         """Whether `vectors` can be asked for: all but what was read from JSON and names a file."""
-        return self._digest is None
+        return not isinstance(self._vectors, str)
 
     @property
     def vectors_sha256(self) -> str | None:
         """The digest of the vectors' file, read or not; None if no layer has any."""
-        if self._vectors is None:
-            return self._digest
-        return digest(encode(self._vectors))
+        return digest(encode(self._vectors)) if isinstance(self._vectors, dict) else self._vectors
 
     def load_vectors(self, path: Path) -> None:
         """Read the vectors of a config that names a file; otherwise there is nothing to do.
@@ -117,9 +115,8 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
         Raises:
             CatsError: the file is missing, damaged, or of another model.
         """
-        if self._digest is not None:
-            self._vectors = _by_known_layer(read_layer_tensors(path, self._digest), self.thresholds)
-            self._digest = None
+        if isinstance(self._vectors, str):
+            self._vectors = _by_known_layer(read_layer_tensors(path, self._vectors), self.thresholds)
 
     def with_coverage(self, coverage: TokenPolicy) -> "CatsConfig":
         """A copy of the config, with another choice of the tokens that are sparse."""
@@ -130,7 +127,7 @@ class CatsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     @property
     def version(self) -> int:
         """The oldest version of the format that can say what the config says; it is written in that one."""
-        if self._vectors is not None or self._digest is not None or self.criterion:
+        if self._vectors is not None or self.criterion:
             return 3
         return 1 if self.coverage.all_tokens else 2
 
@@ -192,15 +189,12 @@ def _record(key: str, value: object) -> dict[str, Any]:
 def _digest_of(record: Mapping[Any, Any]) -> str:
     """The digest in the JSON entry that stands for vectors."""
     sha256 = record.get("sha256")
-    if set(record) != {"file", "sha256"} or record["file"] != FILE or not _is_sha256(sha256):
+    is_digest = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
+    if set(record) != {"file", "sha256"} or record["file"] != FILE or not is_digest:
         raise CatsError(
             f"vectors in the CATS config is {short(dict(record))}; it must be the file {FILE} and its sha256."
         )
     return str(sha256)
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _by_known_layer(vectors: object, thresholds: Mapping[int, float]) -> dict[int, LayerTensors] | None:

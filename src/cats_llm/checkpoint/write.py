@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
 from cats_llm.checkpoint.folder import ADAPTERS, CONFIG, ModelFolder, read_folder
 from cats_llm.checkpoint.json_text import remove_entry, set_entry
-from cats_llm.checkpoint.layer_tensors import write_layer_tensors
+from cats_llm.checkpoint.layer_tensors import LayerTensors, write_layer_tensors
 from cats_llm.errors import CatsError
 from cats_llm.outputs import check_space, write_folder
 
@@ -55,13 +55,8 @@ def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = 
             vectors are not read yet, or ``out`` cannot be written. ``out`` is then as it was.
     """
     folder = check_source(source, out)
-    entry, vectors = config.to_dict(), config.vectors
-    with write_folder(out, force) as new:
-        _copy(folder, new)
-        _write_text(new / CONFIG, set_entry(_text(folder), _ENTRY, entry))
-        if vectors is not None:
-            write_layer_tensors(new, vectors)
-    return _written(folder, linked=False)
+    entry = config.to_dict()
+    return _write_copy(folder, out, force, lambda text: set_entry(text, _ENTRY, entry), vectors=config.vectors)
 
 
 def write_dense_checkpoint(source: Path, out: Path, force: bool = False, link: bool = False) -> Written:
@@ -83,11 +78,7 @@ def write_dense_checkpoint(source: Path, out: Path, force: bool = False, link: b
     if method != QUANT_METHOD:
         reason = "its config.json has no quantization_config" if method is None else f"it is quantised with {method}"
         raise CatsError(f"{source} is no CATS checkpoint: {reason}.")
-    with write_folder(out, force) as new:
-        linked = link and _link(folder, new)
-        _copy(folder, new, folder.others if linked else folder.files)
-        _write_text(new / CONFIG, remove_entry(_text(folder), _ENTRY))
-    return _written(folder, linked)
+    return _write_copy(folder, out, force, lambda text: remove_entry(text, _ENTRY), link)
 
 
 def _check_copy(source: Path, out: Path, with_weights: bool = True) -> ModelFolder:
@@ -102,7 +93,7 @@ def _check_copy(source: Path, out: Path, with_weights: bool = True) -> ModelFold
         raise CatsError(f"{source} holds no weights (model.safetensors or pytorch_model.bin).")
     if ADAPTERS in folder.others:
         raise CatsError(f"{source} holds adapters beside the model; merge them into it first (cats finetune does).")
-    check_space(out, sum(_sizes(folder, folder.files if with_weights else folder.others).values()))
+    check_space(out, sum(_size(folder, name) for name in (folder.files if with_weights else folder.others)))
     return folder
 
 
@@ -111,18 +102,30 @@ def _method(folder: ModelFolder, default: str | None) -> Any:
     return entry.get("quant_method", default) if isinstance(entry, dict) else default
 
 
-def _sizes(folder: ModelFolder, names: Iterable[str]) -> dict[str, int]:
-    return {name: (folder.path / name).stat().st_size for name in names}
+def _write_copy(
+    folder: ModelFolder,
+    out: Path,
+    force: bool,
+    change: Callable[[str], str],
+    link: bool = False,
+    vectors: Mapping[int, LayerTensors] | None = None,
+) -> Written:
+    """The folder at ``out``, with what ``change`` makes of the text of config.json."""
+    with write_folder(out, force) as new:
+        linked = link and _link(folder, new)
+        for name in folder.others if linked else folder.files:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder.path / name, new / name)
+        # bytes: reading as text would change the ends of lines
+        text = (folder.path / CONFIG).read_bytes().decode("utf-8")
+        (new / CONFIG).write_bytes(change(text).encode("utf-8"))
+        if vectors is not None:
+            write_layer_tensors(new, vectors)
+    return Written({name: _size(folder, name) for name in folder.weights}, linked, folder.left_out)
 
 
-def _written(folder: ModelFolder, linked: bool) -> Written:
-    return Written(_sizes(folder, folder.weights), linked, folder.left_out)
-
-
-def _copy(folder: ModelFolder, new: Path, names: Iterable[str] | None = None) -> None:
-    for name in folder.files if names is None else names:
-        (new / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder.path / name, new / name)
+def _size(folder: ModelFolder, name: str) -> int:
+    return (folder.path / name).stat().st_size
 
 
 def _link(folder: ModelFolder, new: Path) -> bool:
@@ -136,12 +139,3 @@ def _link(folder: ModelFolder, new: Path) -> bool:
             (new / name).unlink(missing_ok=True)
         return False
     return True
-
-
-def _text(folder: ModelFolder) -> str:
-    # bytes: reading as text would change the ends of lines
-    return (folder.path / CONFIG).read_bytes().decode("utf-8")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_bytes(text.encode("utf-8"))

@@ -53,8 +53,7 @@ def command(
     check_reads_text(skeleton)
     find_gated_mlps(skeleton)
     model, tokenizer = source.load(), source.tokenizer()
-    batches = sampling.batches(TextSource(data, rows), tokenizer, model)
-    profile = calibrate(model, track(batches, "calibrating", sampling.most_batches()), data, tokenizer)
+    profile = calibrate(model, sampling.batches(TextSource(data, rows), tokenizer, model, track), data, tokenizer)
     if distributed.rank() > 0:
         return
     profile.save(output, results.force)

@@ -22,9 +22,8 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation.baselines import teal, teal_greedy, wina
 from cats_llm.evaluation.baselines.input_mask import InputConfig, Rule, dense_inputs, sparse_inputs
 from cats_llm.evaluation.method_data import MethodData
-from cats_llm.model.contexts import as_dense
 from cats_llm.model.relufy import relu_config
-from cats_llm.model.sparsify import densify, sparse_mlps, sparsify
+from cats_llm.model.sparsify import as_dense, densify, sparse_mlps, sparsify
 
 Config = CatsConfig | InputConfig
 """What a method applies to a model."""

@@ -17,7 +17,7 @@ from cats_llm.evaluation.paired import combined, paired_difference
 from cats_llm.evaluation.task import Measurement, Metric, Subject, Task
 from cats_llm.evaluation.variants import Variant
 from cats_llm.formats import EVALUATION, EVALUATION_VERSION
-from cats_llm.model.contexts import restoring
+from cats_llm.model.sparsify import restoring
 from cats_llm.model.weight_traffic import input_sparsity_of, sparsity_of
 from cats_llm.versions import versions
 

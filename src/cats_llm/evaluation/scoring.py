@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.sparsity import SparsityCounter
 from cats_llm.model.architecture import check_predicts_tokens, text_alone
-from cats_llm.model.contexts import as_dense
+from cats_llm.model.predictions import log_probabilities
+from cats_llm.model.sparsify import as_dense
 from cats_llm.model.tokens import check_positions, check_tokens
-
-# rows of logits held in float32 at a time
-_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,16 @@ def score_sequences(
     ids = ids.to(logits.device)
     position = torch.arange(1, ids.shape[1], device=ids.device).expand(len(ids), -1)
     start = first.to(ids.device)[:, None] if isinstance(first, Tensor) else first
-    sequence, column = (position >= start).nonzero(as_tuple=True)
     sums = torch.zeros(4, len(ids), dtype=torch.float64, device="cpu")
-    for s, c in zip(sequence.split(_ROWS), column.split(_ROWS), strict=True):
-        log_p = F.log_softmax(logits[s, c].float(), dim=-1)
-        measures = [torch.ones(len(s)), F.nll_loss(log_p, ids[s, c + 1], reduction="none")]
-        if expected is not None:
-            there = expected.device
-            log_q = F.log_softmax(expected[s.to(there), c.to(there)].float(), dim=-1).to(log_p.device)
+    compared_logits = [logits] if expected is None else [logits, expected]
+    for where, (log_p, *others) in log_probabilities(position >= start, *compared_logits):
+        measures = [torch.ones(len(log_p)), F.nll_loss(log_p, ids[:, 1:][where], reduction="none")]
+        for other in others:
+            log_q = other.to(log_p.device)
             measures.append(F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1))
             measures.append(log_p.argmax(-1) == log_q.argmax(-1))
         for row, values in zip(sums, measures, strict=False):
-            row.index_add_(0, s.cpu(), values.cpu().double())
+            row.index_add_(0, where[0].cpu(), values.cpu().double())
     compared = reference is not None
     return SequenceScores(sums[0], sums[1], sums[2] if compared else None, sums[3] if compared else None)
 

@@ -112,10 +112,10 @@ class SparsityCounter:
         """
         return Measurement(
             metrics,
-            distributed.sum_counts(self.counts()),
+            distributed.add_counts(distributed.gather(self.counts())),
             sum(distributed.gather(self.tokens())),
             time.perf_counter() - started,
-            distributed.sum_counts(self.inputs()),
+            distributed.add_counts(distributed.gather(self.inputs())),
         )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class SparsityCounter:
     @torch.no_grad()
     def _count(self, mlp: GatedMLP, gate: Tensor) -> None:
         module: Any = mlp.module
-        threshold = module.threshold_for(gate)
+        threshold = module.of_sparse_tokens(module.threshold, gate)
         if threshold is None:
             rows = torch.zeros(gate.shape[:-1], dtype=torch.int64, device=gate.device)
         else:

@@ -64,7 +64,7 @@ def graph_decode(
     ids = torch.zeros(batch, limit, dtype=input_ids.dtype, device=input_ids.device)
     ids[:, :prompt] = input_ids
     finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-    step = _Step(model, input_ids, limit, generation_config, model_kwargs)
+    step = _Step(model, input_ids, limit, not generation_config.disable_compile, model_kwargs)
     logits = step.prefill(input_ids, model_kwargs)
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -137,19 +137,12 @@ class _Step:
     """The model's step for one more token of every sequence; on a GPU, a CUDA graph from the second call on."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        limit: int,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
+        self, model: PreTrainedModel, input_ids: Tensor, limit: int, may_compile: bool, model_kwargs: dict[str, Any]
     ) -> None:
         self.cache = model_kwargs["past_key_values"]
         self.cuda = input_ids.is_cuda
         self.model = model
-        self.forward: Callable[..., Any] = model
-        if self.cuda and not generation_config.disable_compile:
-            self.forward = _compiled(model)
+        self.forward: Callable[..., Any] = _compiled(model) if self.cuda and may_compile else model
         self.token = torch.zeros(len(input_ids), 1, dtype=input_ids.dtype, device=input_ids.device)
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None

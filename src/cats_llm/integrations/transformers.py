@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 from cats_llm.checkpoint.config import QUANT_METHOD, CatsConfig
 from cats_llm.checkpoint.layer_tensors import FILE
 from cats_llm.errors import CatsError
-from cats_llm.model.sparsify import densify, lay_out_for_decode, set_config, swap_before_loading
+from cats_llm.model.sparsify import check_layers, densify, lay_out_for_decode, set_config, swap_mlps
 from cats_llm.model.structure import check_function, find_gated_mlps
 
 
@@ -21,6 +21,8 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
     """Makes a model sparse while transformers loads it. It quantises nothing: weights stay as they are."""
 
     requires_calibration = False
+    is_trainable = True  # gradients flow through the thresholded activation
+    is_compileable = True
     quantization_config: CatsConfig
 
     def _process_model_before_weight_loading(
@@ -28,9 +30,11 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
     ) -> None:
         folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         load_vectors(self.quantization_config, model.config.name_or_path, folder)
+        mlps = find_gated_mlps(model)
+        check_layers(mlps, self.quantization_config)
         if not self.pre_quantized:
-            self._mlps = find_gated_mlps(model)
-        swap_before_loading(model, self.quantization_config)
+            self._mlps = mlps
+        swap_mlps(mlps)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # non-persistent buffers come out of loading uninitialised
@@ -48,16 +52,6 @@ class CatsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not t
 
     def is_serializable(self) -> bool:
         """A CATS model can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Gradients flow through the thresholded activation."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """`generate` may compile a CATS model."""
         return True
 
 

@@ -100,18 +100,6 @@ def text_alone(model: nn.Module) -> Iterator[None]:
         raise CatsError(f"{type(unwrap(model)).__name__} does not run on text alone ({first_line(error)}).") from error
 
 
-def predicts_tokens(model: nn.Module) -> bool:
-    """Whether the model gives a distribution of the next token."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    base: Any = unwrap(model)
-    if not hasattr(base, "get_output_embeddings"):
-        return True  # not of transformers; nobody but the caller knows
-    if type(base).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-        return False
-    return base.get_output_embeddings() is not None or bool(base.can_generate())
-
-
 def check_predicts_tokens(model: nn.Module, task: str) -> None:
     """Make sure that the model reads a text and predicts how it goes on.
 
@@ -121,9 +109,16 @@ def check_predicts_tokens(model: nn.Module, task: str) -> None:
     Raises:
         CatsError: it has no language-model head, or has an encoder too.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     check_reads_text(model)
-    if not predicts_tokens(model):
+    base: Any = unwrap(model)
+    if not hasattr(base, "get_output_embeddings"):
+        return  # not of transformers; nobody but the caller knows
+    kind = type(base).__name__
+    has_head = base.get_output_embeddings() is not None or base.can_generate()
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or not has_head:
         raise CatsError(
-            f"{task} has no meaning for {type(unwrap(model)).__name__}, which predicts no next token; it needs a model "
-            "with a language-model head."
+            f"{task} has no meaning for {kind}, which predicts no next token; it needs a model with a language-model "
+            "head."
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import write_layer_tensors
+from cats_llm.model.structure import quantization_of
 
 _METHOD = "save_pretrained"
 # its arguments that `push_to_hub` takes
@@ -31,16 +32,15 @@ class _SavePretrained:
         shared = shared_weights(self.model)
         usual = getattr(type(self.model), _METHOD)
         kwargs |= zip(list(inspect.signature(usual).parameters)[2:], args, strict=False)
+        hub = {}
         if kwargs.pop("push_to_hub", False):
             hub = {"repo_id": Path(save_directory).name} | {key: kwargs[key] for key in _HUB if key in kwargs}
             for key in ("repo_id", "commit_message", "private", "create_pr"):
                 kwargs.pop(key, None)
-        else:
-            hub = {}
         if shared and kwargs.get("state_dict") is None:
             kwargs["state_dict"] = _row_by_row(self.model, shared)
         (self.replaced or usual.__get__(self.model))(save_directory, **kwargs)
-        config = getattr(self.model.config, "quantization_config", None)
+        config, _ = quantization_of(self.model)
         adapters_only = getattr(self.model, "_hf_peft_config_loaded", False)
         here = kwargs.get("is_main_process", True) and Path(save_directory).is_dir() and not adapters_only
         if here and isinstance(config, CatsConfig) and config.vectors:

@@ -1,5 +1,6 @@
 """The module that takes the place of a gated MLP."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,21 +11,10 @@ from cats_llm.kernels.backend import MAX_DECODE_TOKENS, Backend, Request
 from cats_llm.kernels.backends import backend_of
 from cats_llm.kernels.definition import Activation, cats_activation
 from cats_llm.kernels.operators import act_and_mul, gated_mlp
-from cats_llm.model.layer_tensors import Float32Buffers
 from cats_llm.model.structure import GatedMLP, activation_name
 
 if TYPE_CHECKING:
     from cats_llm.model.token_mask import TokenMask
-
-# where nn.Module keeps the hooks of its calls
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
 
 STATE = {
     "threshold",
@@ -40,15 +30,17 @@ STATE = {
 """Names of what a `SparseMLP` holds beside its children, which must not have them."""
 
 
-class SparseMLP(Float32Buffers):
+class SparseMLP(nn.Module):
     """``down(CATS_t(act(gate(x))) * up(x))`` with the projections of the dense module, under the same names.
 
     The projections are shared with the dense module, not copied, and are called as modules wherever something may
     have been attached to them (adapters, hooks, sharding). Where they are plain linear layers and the call is a decode
-    step, the backend of the device is asked whether it has a kernel for it.
+    step, the backend of the device is asked whether it has a kernel for it. Threshold and compensation follow the model
+    to its device, but never to its dtype, and are not part of the state dict.
 
     Attributes:
-        threshold, compensation, score: see `Float32Buffers`.
+        threshold: float32, () or (f,).
+        score: where the threshold is (f,): the one number, of the criterion's score, that it was made from.
         layer: index of the decoder layer that owns it.
         roles: which of its children does what.
         sparse: False runs the dense function, for calibration and comparison.
@@ -56,13 +48,21 @@ class SparseMLP(Float32Buffers):
         token_mask: knows which tokens of the running call are sparse; None if all are.
     """
 
+    threshold: Tensor
+    score: float | None
+    # the compensation in the weights' dtype, made once, so that a decode step need not make it
+    _cast: Tensor
+
     def __init__(self, mlp: GatedMLP, threshold: Tensor) -> None:
-        super().__init__(threshold)
+        super().__init__()
+        self.register_buffer("threshold", threshold.to(torch.float32), persistent=False)
+        self.score = None
         dense = mlp.module
         # not registered: its children are ours, and the state dict must not name them twice
         self.__dict__["_dense"] = dense
         # one set of hooks and of children for both: what is attached or replaced, now or later, stays after densify
-        for attribute in (*_HOOKS, "_modules"):
+        hooks = [name for name in vars(dense) if name.startswith("_forward_") and "hooks" in name]
+        for attribute in (*hooks, "_modules"):
             setattr(self, attribute, getattr(dense, attribute))
         self.layer, self.roles = mlp.layer, mlp.roles
         self.__dict__["_relufied"] = None
@@ -84,6 +84,16 @@ class SparseMLP(Float32Buffers):
         """The projection back to the hidden size."""
         return self.roles.linear(self, "down")
 
+    @property
+    def compensation(self) -> Tensor | None:
+        """Float32 (d,), added to the output of sparse tokens. Assign another one; do not change it in place."""
+        return getattr(self, "_compensation", None)
+
+    @compensation.setter
+    def compensation(self, value: Tensor | None) -> None:
+        self._set_buffer("_compensation", value)
+        self._set_buffer("_cast", None)
+
     def use_activation(self, activation: Activation | None) -> None:
         """Compute with another activation function (ReLUfication); None takes the dense module's own again."""
         self.__dict__["_relufied"] = activation
@@ -92,7 +102,7 @@ class SparseMLP(Float32Buffers):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         tokens = x.numel() // x.shape[-1]
-        threshold = self.threshold_for(x)
+        threshold = self.of_sparse_tokens(self.threshold, x)
         decode = tokens <= MAX_DECODE_TOKENS and not torch.is_grad_enabled()
         if decode and threshold is not None and threshold.dim() < 2:  # tokens that differ are left to PyTorch
             backend, activation = backend_of(x.device), self.activation_name
@@ -137,10 +147,6 @@ class SparseMLP(Float32Buffers):
             return act_and_mul(gate, up, threshold, self.activation_name)
         return cats_activation(gate, threshold, self.activation) * up
 
-    def threshold_for(self, x: Tensor) -> Tensor | None:
-        """The threshold of x, (..., d): (), (f,), or (..., 1 or f) where tokens differ; None if all are dense."""
-        return self.of_sparse_tokens(self.threshold, x)
-
     def of_sparse_tokens(self, value: Tensor, x: Tensor) -> Tensor | None:
         """A value, () or (n,), for the sparse tokens of x, (..., d), and 0 for dense ones; None if all are dense."""
         if not self.sparse:
@@ -165,6 +171,59 @@ class SparseMLP(Float32Buffers):
             weights[:1] = self.roles.halves(weights[0], dim=0)
             biases[:1] = (None, None) if biases[0] is None else self.roles.halves(biases[0])
         return tuple(weights), tuple(biases)
+
+    @torch.no_grad()
+    def set_tensors(self, threshold: Tensor, compensation: Tensor | None = None, score: float | None = None) -> None:
+        """Take other thresholds and another compensation; in place where shapes stay, so that captured graphs see it.
+
+        Args:
+            threshold: float32, () or (f,).
+            compensation: float32 (d,).
+            score: of thresholds (f,), the one number that they were made from.
+        """
+        device = torch.device("cpu") if self.threshold.is_meta else self.threshold.device
+        self.threshold = _in_place(self.threshold, threshold, device)
+        self.score = score
+        old, cast = self.compensation, getattr(self, "_cast", None)
+        self.compensation = None if compensation is None else _in_place(old, compensation, device)
+        if compensation is not None and self.compensation is old and cast is not None:
+            self._set_buffer("_cast", cast.copy_(compensation))
+        self._keep_cast()
+
+    def _compensation_like(self, y: Tensor) -> Tensor | None:
+        """The compensation in the dtype and on the device of y."""
+        if self.compensation is None:
+            return None
+        cast = getattr(self, "_cast", None)
+        if cast is None or not _fits(cast, y):
+            cast = self.compensation.to(y.device, y.dtype)
+            if not backend_of(y.device).in_graph() and _fits(cast, self.down_linear.weight):
+                self._keep_cast()
+        return cast
+
+    @torch.inference_mode(False)
+    def _keep_cast(self) -> None:
+        weight = self.down_linear.weight
+        known = hasattr(self, "_cast") and _fits(self._cast, weight)
+        if self.compensation is not None and not weight.is_meta and not known:
+            self._set_buffer("_cast", self.compensation.to(weight.device, weight.dtype))
+
+    def _set_buffer(self, name: str, value: Tensor | None) -> None:
+        if hasattr(self, name):
+            delattr(self, name)
+        if value is not None:  # a buffer that is None would trip up accelerate
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
+        exact, cast = (self.threshold, self.compensation), getattr(self, "_cast", None)
+        super()._apply(fn, recurse)
+        self.threshold = _moved(exact[0], self.threshold)
+        if exact[1] is not None and self.compensation is not None:
+            self.compensation = _moved(exact[1], self.compensation)
+            # what a captured graph reads stays where it is as long as the weights do
+            self._set_buffer("_cast", cast if self.compensation is exact[1] else None)
+            self._keep_cast()
+        return self
 
     def store_neuron_major(self, enabled: bool = True) -> None:
         """Lay down_proj's weight out so that a neuron's column is contiguous, or, to undo it, its rows.
@@ -203,3 +262,20 @@ def _is_plain(linear: nn.Module, x: Tensor, backend: Backend) -> bool:
         and linear.weight.device == x.device
         and linear.weight.dtype == x.dtype
     )
+
+
+def _in_place(old: Tensor | None, new: Tensor, device: torch.device) -> Tensor:
+    """``new`` in the memory of ``old`` if it fits there, else a copy of it on the device."""
+    if old is not None and old.shape == new.shape and not old.is_meta:
+        return old.copy_(new)
+    return new.to(device, torch.float32, copy=True)
+
+
+def _moved(exact: Tensor, like: Tensor) -> Tensor:
+    if exact.is_meta or like.is_meta:
+        return torch.empty_like(exact, device=like.device)
+    return exact.to(like.device)
+
+
+def _fits(tensor: Tensor, like: Tensor) -> bool:
+    return tensor.dtype == like.dtype and tensor.device == like.device

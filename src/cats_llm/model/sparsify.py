@@ -1,6 +1,7 @@
 """Make a model sparse in place, set what it computes with, make it dense again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from cats_llm.model.structure import (
     check_function,
     execution_device,
     find_gated_mlps,
+    quantization_of,
     unwrap,
 )
 from cats_llm.model.token_mask import set_token_mask
@@ -47,15 +49,14 @@ def sparsify(model: Model, config: CatsConfig) -> Model:
             "calibrate(model, batches).config(sparsity=0.5)."
         )
     base: Any = unwrap(model)
-    existing = getattr(getattr(base, "config", None), "quantization_config", None)
+    existing, method = quantization_of(base)
     if existing is not None and not isinstance(existing, CatsConfig):
-        method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method
         raise CatsError(
-            f"this model is already quantised with {getattr(method, 'value', method)}; a checkpoint has room for one "
-            "method, so start from the unquantised model."
+            f"this model is already quantised with {method}; a checkpoint has room for one method, so start from the "
+            "unquantised model."
         )
     mlps = find_gated_mlps(base)
-    _check_layers(mlps, config)
+    check_layers(mlps, config)
     for mlp in mlps:
         if not isinstance(mlp.module, SparseMLP):
             check_function(mlp)
@@ -75,7 +76,12 @@ def _check_names(mlp: GatedMLP) -> None:
         )
 
 
-def _check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
+def check_layers(mlps: list[GatedMLP], config: CatsConfig) -> None:
+    """Make sure that a config is of the model that has these MLPs.
+
+    Raises:
+        CatsError: another number of layers, or vectors of other sizes.
+    """
     layers = [mlp.layer for mlp in mlps]
     if sorted(config.thresholds) != layers:
         raise CatsError(
@@ -108,32 +114,6 @@ def swap_mlps(mlps: list[GatedMLP]) -> None:
             sparse = SparseMLP(mlp, threshold)
             for parent, name in mlp.parents:
                 setattr(parent, name, sparse)
-
-
-def swap_before_loading(model: nn.Module, config: CatsConfig) -> None:
-    """Swap the gated MLPs of a model whose weights are not loaded yet (it may be on the meta device).
-
-    Raises:
-        CatsError: no gated MLP, or another number of layers than the config's.
-    """
-    mlps = find_gated_mlps(model)
-    _check_layers(mlps, config)
-    swap_mlps(mlps)
-
-
-def swap_for_calibration(model: nn.Module) -> list[GatedMLP]:
-    """The model's gated MLPs, all of them sparse modules that compute the dense function."""
-    swap_mlps(find_gated_mlps(model))
-    mlps = find_gated_mlps(model)
-    for mlp in mlps:
-        sparse_module(mlp).sparse = False
-    return mlps
-
-
-def sparse_module(mlp: GatedMLP) -> SparseMLP:
-    """The module of a gated MLP that is sparse already."""
-    assert isinstance(mlp.module, SparseMLP)
-    return mlp.module
 
 
 def set_config(model: nn.Module, config: CatsConfig) -> None:
@@ -172,11 +152,39 @@ def densify(model: Model) -> Model:
         for name, child in list(parent._modules.items()):  # named_children leaves out a child that it has named
             if isinstance(child, SparseMLP):
                 setattr(parent, name, child.dense_module())
-    config = getattr(base, "config", None)
-    if isinstance(getattr(config, "quantization_config", None), CatsConfig):
+    if isinstance(quantization_of(base)[0], CatsConfig):
         del base.config.quantization_config
         vars(base).pop("hf_quantizer", None)
     return model
+
+
+@contextmanager
+def as_dense(model: nn.Module) -> Iterator[None]:
+    """Let a sparse model compute the dense function while the context lasts. A dense model is left alone."""
+    before = {mlp: mlp.sparse for mlp in sparse_mlps(model).values()}
+    try:
+        for mlp in before:
+            mlp.sparse = False
+        yield
+    finally:
+        for mlp, sparse in before.items():
+            mlp.sparse = sparse
+
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Leave the model as it was found, dense or with its own thresholds, whatever is done to it in between."""
+    before = {mlp: mlp.sparse for mlp in sparse_mlps(model).values()}
+    config = quantization_of(model)[0] if before else None
+    try:
+        yield
+    finally:
+        for mlp, sparse in before.items():
+            mlp.sparse = sparse
+        if isinstance(config, CatsConfig):
+            sparsify(model, config)
+        else:
+            densify(model)
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:

@@ -35,11 +35,6 @@ class GatedMLP:
     roles: Roles
 
     @property
-    def fused(self) -> bool:
-        """One projection gives gate and up."""
-        return self.roles.fused
-
-    @property
     def activation(self) -> Activation:
         """The activation function."""
         return self.roles.activation_of(self.module)
@@ -56,11 +51,7 @@ class GatedMLP:
 
     def gate_of(self, output: Tensor) -> Tensor:
         """The gate, (..., f), in the output of `gate_linear`."""
-        return self.roles.halves(output)[0] if self.fused else output
-
-    def gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x W_gate`` and ``x W_up``, (..., f), through the module's own projections."""
-        return self.roles.gate_and_up(self.module, x)
+        return self.roles.halves(output)[0] if self.roles.fused else output
 
     @property
     def hidden_size(self) -> int:
@@ -87,6 +78,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def quantization_of(model: nn.Module) -> tuple[Any, Any]:
+    """The quantization_config that a model has, as an object or as read from JSON, and the name of its method."""
+    config = getattr(getattr(unwrap(model), "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return config, getattr(method, "value", method)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -139,7 +137,10 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
         if isinstance(answer, Mismatch):
             mismatches[name] = answer
         elif answer is not None:
-            _check_replaceable(parent, name)
+            if hasattr(parent, "_orig_mod"):
+                raise CatsError(
+                    f"{name} is compiled by itself, which CATS could not change; compile the model afterwards."
+                )
             gated[module] = (name, answer, [(parent, child_name)])
     layer_of = _layer_paths([name for name, _, _ in gated.values()])
     mlps = [
@@ -157,11 +158,6 @@ def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
                 "CATS works on models with one gated MLP a layer."
             )
     return mlps
-
-
-def _check_replaceable(parent: nn.Module, name: str) -> None:
-    if hasattr(parent, "_orig_mod"):
-        raise CatsError(f"{name} is compiled by itself, which CATS could not change; compile the model afterwards.")
 
 
 def _check_mismatches(
@@ -188,10 +184,9 @@ def _check_mismatches(
 
 def _instead(model: nn.Module) -> str:
     """What the model says of itself that explains why it has none, as a part of a sentence."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    _, method = quantization_of(model)
     if method is not None:
-        return f" that can be read (it is quantised with {getattr(method, 'value', method)})"
+        return f" that can be read (it is quantised with {method})"
     return " (down(act(gate(x)) * up(x)), as Llama, Mistral, Qwen, Gemma and Phi-3 models have in every layer)"
 
 

@@ -39,23 +39,20 @@ def input_sparsity_of(model: nn.Module, linear_sparsity: Mapping[str, float]) ->
 
     A skipped input saves a column of the weight.
     """
-    base = unwrap(model)
+    base: Any = unwrap(model)
     mlps = find_gated_mlps(model)
-    skipped = {name: share * _weight_numel(base, name) for name, share in linear_sparsity.items()}
+    skipped = {name: share * base.get_submodule(name).weight.numel() for name, share in linear_sparsity.items()}
     inside = tuple(f"{mlp.name}." for mlp in mlps)
     ffn = sum(number for name, number in skipped.items() if name.startswith(inside))
     weights = 3 * sum(mlp.hidden_size * mlp.intermediate_size for mlp in mlps)
     return Sparsity(None, ffn / weights, sum(skipped.values()) / _linear_numel(model))
 
 
-def _weight_numel(base: nn.Module, name: str) -> int:
-    linear: Any = base.get_submodule(name)
-    return int(linear.weight.numel())
-
-
 def _linear_numel(model: nn.Module) -> int:
     """Linear weights of the decoder."""
-    return sum(p.numel() for p in decoder_of(model).parameters() if p.dim() == 2) - _embedding_numel(model)
+    embedding = _input_embedding(model)
+    matrices = sum(p.numel() for p in decoder_of(model).parameters() if p.dim() == 2)
+    return matrices - (0 if embedding is None else embedding.numel())
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,3 @@ def bytes_per_token(
 def _input_embedding(model: nn.Module) -> Any:
     decoder: Any = decoder_of(model)
     return decoder.get_input_embeddings().weight if hasattr(decoder, "get_input_embeddings") else None
-
-
-def _embedding_numel(model: nn.Module) -> int:
-    embedding = _input_embedding(model)
-    return 0 if embedding is None else int(embedding.numel())

@@ -199,9 +199,8 @@ class _Run:
             profile.check_model(model)
         else:
             sampling = replace(text.sampling, batch_size=self.config.batch_size)
-            batches = sampling.batches(TextSource(text.data, text.rows), tokenizer, model)
-            tracked = self.track(batches, "calibrating", sampling.most_batches())
-            profile = calibrate(model, tracked, text.data, tokenizer)
+            batches = sampling.batches(TextSource(text.data, text.rows), tokenizer, model, self.track)
+            profile = calibrate(model, batches, text.data, tokenizer)
         if self.config.out is not None:
             profile.save(self.config.out / _PROFILE, force=True)
         return model, tokenizer, profile

@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from cats_llm import distributed
 from cats_llm.evaluation.scoring import exp
 from cats_llm.evaluation.sparsity import SparsityCounter
+from cats_llm.model.predictions import log_probabilities
 from cats_llm.model.structure import eval_mode
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.training.data import IGNORED, Example, collate
-
-# rows of logits held in float32 at a time
-_ROWS = 512
 
 
 @torch.no_grad()
@@ -56,14 +54,14 @@ def evaluate(
             logits = (wrapped or model)(**batch, use_cache=False).logits[:, :-1]
         if mine:
             wanted = labels != IGNORED
-            for rows, targets in zip(logits[wanted].split(_ROWS), labels[wanted].split(_ROWS), strict=True):
-                loss += float(F.cross_entropy(rows.float(), targets, reduction="sum"))
-                tokens += len(targets)
+            for where, (log_p,) in log_probabilities(wanted, logits):
+                loss += float(F.nll_loss(log_p, labels[where], reduction="sum"))
+                tokens += len(log_p)
             right += int(((logits.argmax(-1) == labels) | ~wanted).all(1).sum())
     losses, all_tokens, rights = zip(*distributed.gather((loss, tokens, right)), strict=True)
     tokens = sum(all_tokens)
     mean = sum(losses) / tokens
-    counts = distributed.sum_counts(counter.counts())
+    counts = distributed.add_counts(distributed.gather(counter.counts()))
     measurement: dict[str, Any] = {
         "loss": mean if math.isfinite(mean) else None,
         "perplexity": exp(mean) if math.isfinite(exp(mean)) else None,

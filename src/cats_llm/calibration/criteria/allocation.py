@@ -15,7 +15,7 @@ from cats_llm.calibration.criteria.criterion import Criterion
 from cats_llm.calibration.criteria.divergence import logits_of, mean_divergence
 from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, statistics_of
-from cats_llm.model.sparsify import sparse_module
+from cats_llm.model.sparsify import sparse_mlps
 from cats_llm.model.structure import GatedMLP
 
 GRID = (0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)
@@ -56,8 +56,9 @@ def layer_costs(model: nn.Module, mlps: Sequence[GatedMLP], text: CalibrationTex
     statistics = statistics_of(model, mlps, text)
     expected = [logits_of(model, batch) for batch in probe]
     costs = torch.zeros(len(mlps), len(GRID), dtype=torch.float64)
+    modules = sparse_mlps(model)
     for row, mlp in enumerate(mlps):
-        module = sparse_module(mlp)
+        module = modules[mlp.layer]
         for column, share in enumerate(GRID):
             threshold, compensation = _one_layer(mlp, statistics[mlp.layer], criterion, share)
             module.set_tensors(threshold, compensation, score=0.0)

@@ -7,7 +7,7 @@ with any compensation, and weights stay as they are. The dense model is the teac
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ from cats_llm.calibration.batches import CalibrationText, run_decoder
 from cats_llm.calibration.criteria.divergence import counted_tokens, divergence, logits_of
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
-from cats_llm.model.contexts import as_dense
 from cats_llm.model.sparse_mlp import SparseMLP
-from cats_llm.model.sparsify import sparse_module
+from cats_llm.model.sparsify import as_dense, sparse_mlps
 from cats_llm.model.structure import GatedMLP
 
 
@@ -43,10 +42,6 @@ class Distillation:
         if self.steps < 1 or self.rounds < 1 or not self.rate > 0:
             raise CatsError("distillation takes at least one step and round, and a rate above 0.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings by name, for the record in a config."""
-        return asdict(self)
-
 
 def distill(
     model: nn.Module,
@@ -64,7 +59,8 @@ def distill(
         settings: see `Distillation`.
         part: which of the rounds this is.
     """
-    modules = {mlp.layer: sparse_module(mlp) for mlp in mlps}
+    by_layer = sparse_mlps(model)
+    modules = {mlp.layer: by_layer[mlp.layer] for mlp in mlps}
     inputs = text.inputs
     sizes = _output_sizes(model, modules, inputs[0] if inputs else {})
     steps = max(1, settings.steps // settings.rounds)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.batches import run_decoder
 from cats_llm.distributed import sum_over_processes
-from cats_llm.model.contexts import as_dense
+from cats_llm.model.predictions import log_probabilities
+from cats_llm.model.sparsify import as_dense
 
-# rows at a time: vocabularies are large, and logarithms are taken in float32
+# positions at a time, whose float32 sum is what is added up
 _ROWS = 1024
 
 
@@ -22,10 +23,8 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def divergence(logits: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Sum over tokens of KL(expected || logits), float64 (), differentiable by logits; padding is left out."""
-    counted = counted_tokens(inputs).to(logits.device)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for ours, theirs in zip(logits[counted].split(_ROWS), expected[counted].split(_ROWS), strict=True):
-        log_p, log_q = (F.log_softmax(t.float(), dim=-1) for t in (ours, theirs))
+    for _, (log_p, log_q) in log_probabilities(counted_tokens(inputs), logits, expected, rows=_ROWS):
         total = total + F.kl_div(log_p, log_q, log_target=True, reduction="sum").double()
     return total
 
@@ -37,9 +36,9 @@ def log_perplexity(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) ->
     for inputs in batches:
         logits, ids, counted = logits_of(model, inputs), inputs["input_ids"], counted_tokens(inputs)
         predicted = counted[:, 1:] & counted[:, :-1]
-        rows, targets = logits[:, :-1][predicted.to(logits.device)], ids[:, 1:][predicted].to(logits.device)
-        for part, target in zip(rows.split(_ROWS), targets.split(_ROWS), strict=True):
-            sums[0] += F.cross_entropy(part.float(), target, reduction="sum").double().cpu()
+        targets = ids[:, 1:].to(logits.device)
+        for where, (log_p,) in log_probabilities(predicted, logits[:, :-1], rows=_ROWS):
+            sums[0] += F.nll_loss(log_p, targets[where], reduction="sum").double().cpu()
         sums[1] += int(predicted.sum())
     sum_over_processes([sums])
     return float(sums[0] / sums[1])

@@ -1,7 +1,7 @@
 """Fit a criterion to a model: thresholds, and what makes up for them, from calibration text."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,15 @@ from cats_llm.calibration.criteria.distill import Distillation, distill
 from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.calibration.criteria.sequential import run_layer_by_layer
 from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, hidden_parts
-from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.calibration.distribution import GateHistogram
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
 from cats_llm.checkpoint.layer_tensors import LayerTensors
 from cats_llm.checkpoint.token_policy import TokenPolicy
-from cats_llm.distributed import sum_over_processes
+from cats_llm.distributed import gather, sum_over_processes
 from cats_llm.kernels.definition import gate_activation, keep_mask
 from cats_llm.model.architecture import check_predicts_tokens
-from cats_llm.model.contexts import restoring
-from cats_llm.model.sparsify import sparse_module, swap_for_calibration
-from cats_llm.model.structure import GatedMLP, observe_inputs
+from cats_llm.model.sparsify import restoring, sparse_mlps, swap_mlps
+from cats_llm.model.structure import GatedMLP, find_gated_mlps, observe_inputs
 from cats_llm.model.token_mask import set_token_mask
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -100,7 +99,10 @@ def fit(
     with calibrating(model), restoring(model):
         read = read_batches(model, batches, tokenizer)
         text = CalibrationText(read, TokenPolicy(dense_first_tokens=coverage.dense_first_tokens))
-        swapped = swap_for_calibration(model)
+        swap_mlps(find_gated_mlps(model))
+        for module in sparse_mlps(model).values():
+            module.sparse = False  # it computes the dense function
+        swapped = find_gated_mlps(model)
         reached = _reached(model, swapped, text)
         not_run = tell_not_run(swapped, reached)
         mlps = [mlp for mlp in swapped if mlp.layer in reached]
@@ -113,7 +115,7 @@ def fit(
         settings: dict[str, Any] = {}
         if criterion.distill and sparsity > 0:
             distillation = distillation or Distillation()
-            settings["distillation"] = distillation.to_dict()
+            settings["distillation"] = asdict(distillation)
             for part in range(distillation.rounds):
                 say(f"learning the compensation ({part + 1} of {distillation.rounds})")
                 compensation = distill(model, mlps, text, distillation, part)
@@ -130,19 +132,13 @@ def fit(
 
 
 @torch.no_grad()
-def _reached(model: nn.Module, mlps: list[GatedMLP], text: CalibrationText) -> list[int]:
+def _reached(model: nn.Module, mlps: list[GatedMLP], text: CalibrationText) -> set[int]:
     """The layers whose MLPs text runs through: two tokens show it."""
-    calls = torch.zeros(len(mlps), dtype=torch.int64)
-    places = {mlp.layer: place for place, mlp in enumerate(mlps)}
-
-    def note(mlp: GatedMLP, x: Tensor) -> None:
-        calls[places[mlp.layer]] += 1
-
-    with observe_inputs(mlps, note):
+    reached: set[int] = set()
+    with observe_inputs(mlps, lambda mlp, _: reached.add(mlp.layer)):
         for inputs in text.inputs[:1]:
             run_decoder(model, {"input_ids": inputs["input_ids"][:1, :2]})
-    sum_over_processes([calls])
-    return [mlp.layer for mlp, number in zip(mlps, calls.tolist(), strict=True) if number]
+    return set().union(*gather(reached))
 
 
 @torch.no_grad()
@@ -161,68 +157,60 @@ def _through_layers(
     """
     layers: dict[int, FittedLayer] = {}
     token_mask = set_token_mask(model, text.coverage)
-    for mlp in mlps:
-        module = sparse_module(mlp)
+    by_layer = sparse_mlps(model)
+    modules = [by_layer[mlp.layer] for mlp in mlps]
+    for module in modules:
         module.token_mask, module.sparse = token_mask, False
 
     def decide(place: int, inputs: list[Tensor]) -> None:
-        mlp = mlps[place]
+        mlp, module = mlps[place], modules[place]
         rows = [rows_of(x, counted) for x, counted in zip(inputs, text.counted, strict=True)]
-        fitter = _LayerFitter(mlp, rows, shares[mlp.layer])
-        weights = known[mlp.layer].weights if known is not None else fitter.weights(criterion)
-        added = (compensation or {}).get(mlp.layer)
-        fitted = fitter.fit(weights, criterion.compensate and known is None, added)
+        share = shares[mlp.layer]
+        weights = _score_weights(mlp, rows, criterion, share) if known is None else known[mlp.layer].weights
+        fitted = FittedLayer(weights, *_threshold(mlp, rows, weights, share), (compensation or {}).get(mlp.layer))
+        if criterion.compensate and known is None:
+            fitted = replace(fitted, compensation=_dropped_mean(mlp, rows, fitted.threshold))
         layers[mlp.layer] = fitted
-        module = sparse_module(mlp)
         module.set_tensors(fitted.threshold, fitted.compensation, score=fitted.tau)
         module.sparse = criterion.sequential
 
     calls = [partial(run_decoder, model, inputs) for inputs in text.inputs]
-    run_layer_by_layer([mlp.module for mlp in mlps], calls, decide, token_mask)
-    for mlp in mlps:
-        sparse_module(mlp).sparse = True
+    run_layer_by_layer(modules, calls, decide, token_mask)
+    for module in modules:
+        module.sparse = True
     return layers
 
 
-class _LayerFitter:
-    """One layer and the inputs that its MLP gets, batch by batch: (n, d)."""
+def _score_weights(mlp: GatedMLP, rows: list[Tensor], criterion: Criterion, sparsity: float) -> Tensor:
+    """The weights of the criterion's score, float32 (f,), from the inputs of an MLP, (n, d) a batch."""
+    statistics = LayerStatistics(mlp)
+    for x in rows:
+        statistics.add(*hidden_parts(mlp, x))
+    sum_over_processes(statistics.tensors())
+    return SCORES[criterion.score](statistics, sparsity)
 
-    def __init__(self, mlp: GatedMLP, rows: list[Tensor], sparsity: float) -> None:
-        self.mlp, self.rows, self.sparsity = mlp, rows, sparsity
 
-    def weights(self, criterion: Criterion) -> Tensor:
-        """The weights of the criterion's score, float32 (f,), from the statistics of these inputs."""
-        statistics = LayerStatistics(self.mlp)
-        for x in self.rows:
-            statistics.add(*hidden_parts(self.mlp, x))
-        sum_over_processes(statistics.tensors())
-        return SCORES[criterion.score](statistics, self.sparsity)
+def _threshold(mlp: GatedMLP, rows: list[Tensor], weights: Tensor, sparsity: float) -> tuple[float, float]:
+    """The score's threshold that gives the sparsity, and the sparsity that it gives."""
+    # where all weigh the same, the gate is counted, which separates what its activation brings together
+    same = bool((weights == 1).all())
+    histogram = GateHistogram(weights.device)
+    for x in rows:
+        gate, _ = mlp.roles.gate_and_up(mlp.module, x)
+        histogram.add(gate if same else gate_activation(gate, mlp.activation).abs() * weights)
+    sum_over_processes(histogram.tensors())
+    histogram.check(mlp.layer)
+    return histogram.distribution(mlp.activation if same else lambda score: score).threshold(sparsity)
 
-    def fit(self, weights: Tensor, compensate: bool, compensation: Tensor | None) -> FittedLayer:
-        """The threshold that gives the sparsity, and the compensation unless it is given."""
-        # where all weigh the same, the gate is counted, which separates what its activation brings together
-        same = bool((weights == 1).all())
-        histogram = GateHistogram(weights.device)
-        for x in self.rows:
-            gate, _ = self.mlp.gate_and_up(x)
-            histogram.add(gate if same else gate_activation(gate, self.mlp.activation).abs() * weights)
-        sum_over_processes(histogram.tensors())
-        histogram.check(self.mlp.layer)
-        distribution = histogram.distribution(self.mlp.activation if same else lambda score: score)
-        tau, achieved = distribution.threshold(self.sparsity)
-        fitted = FittedLayer(weights, tau, achieved, compensation)
-        if not compensate:
-            return fitted
-        return FittedLayer(weights, tau, achieved, self._compensation(fitted.threshold))
 
-    def _compensation(self, threshold: Tensor) -> Tensor:
-        """E[((1 - m) a u)] W_down: the mean of what is dropped, (d,)."""
-        w_down = down_weight(self.mlp)
-        dropped = torch.zeros(w_down.shape[1], dtype=torch.float64, device=w_down.device)
-        tokens = torch.zeros((), dtype=torch.int64, device=w_down.device)
-        for x in self.rows:
-            a, u = hidden_parts(self.mlp, x)
-            dropped += torch.where(keep_mask(a, threshold), 0.0, a.double() * u.double()).sum(0)
-            tokens += len(x)
-        sum_over_processes([dropped, tokens])
-        return (w_down @ (dropped / tokens)).float()
+def _dropped_mean(mlp: GatedMLP, rows: list[Tensor], threshold: Tensor) -> Tensor:
+    """E[((1 - m) a u)] W_down: the mean of what is dropped, (d,)."""
+    w_down = down_weight(mlp)
+    dropped = torch.zeros(w_down.shape[1], dtype=torch.float64, device=w_down.device)
+    tokens = torch.zeros((), dtype=torch.int64, device=w_down.device)
+    for x in rows:
+        a, u = hidden_parts(mlp, x)
+        dropped += torch.where(keep_mask(a, threshold), 0.0, a.double() * u.double()).sum(0)
+        tokens += len(x)
+    sum_over_processes([dropped, tokens])
+    return (w_down @ (dropped / tokens)).float()

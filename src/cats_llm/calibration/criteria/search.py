@@ -17,8 +17,7 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.errors import CatsError
 from cats_llm.model.architecture import check_predicts_tokens
-from cats_llm.model.contexts import as_dense, restoring
-from cats_llm.model.sparsify import densify, sparsify
+from cats_llm.model.sparsify import as_dense, densify, restoring, sparsify
 
 HELD_BACK = 8
 """One batch in so many is not fitted to, and measured on."""

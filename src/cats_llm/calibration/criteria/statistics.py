@@ -105,7 +105,7 @@ def _bins(a: Tensor) -> Tensor:
 
 def hidden_parts(mlp: GatedMLP, x: Tensor) -> tuple[Tensor, Tensor]:
     """a, in float32 or wider, and u, of inputs (n, d): both (n, f)."""
-    gate, up = mlp.gate_and_up(x)
+    gate, up = mlp.roles.gate_and_up(mlp.module, x)
     return gate_activation(gate, mlp.activation), up
 
 

@@ -11,15 +11,14 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from cats_llm.calibration.batches import Inputs, run_decoder
-from cats_llm.calibration.distribution import MagnitudeDistribution
-from cats_llm.calibration.histogram import GateHistogram
+from cats_llm.calibration.batches import Inputs, padding_mask, rows_of, run_decoder
+from cats_llm.calibration.distribution import GateHistogram, MagnitudeDistribution
 from cats_llm.checkpoint.config import check_sparsity
 from cats_llm.errors import CatsError
 from cats_llm.evaluation.baselines.input_mask import InputConfig, Keep, decoder_linears
 from cats_llm.evaluation.method_data import MethodData
 from cats_llm.kernels.definition import keep_mask
-from cats_llm.model.contexts import as_dense
+from cats_llm.model.sparsify import as_dense
 from cats_llm.model.structure import eval_mode, execution_device
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
@@ -85,8 +84,7 @@ def distributions(method: str, model: nn.Module, data: MethodData) -> dict[str, 
 
     def hook(histogram: GateHistogram) -> Hook:
         def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, args[0].shape[-1])
-            histogram.add(rows if mask is None else rows[mask.to(rows.device)])
+            histogram.add(rows_of(args[0], mask))
 
         return count
 
@@ -94,8 +92,7 @@ def distributions(method: str, model: nn.Module, data: MethodData) -> dict[str, 
         for name, histogram in histograms.items():
             stack.callback(linears[name].register_forward_pre_hook(hook(histogram)).remove)
         for batch in batches:
-            real = batch.get("attention_mask")
-            mask = None if real is None else real.reshape(-1).bool()
+            mask = padding_mask(batch)
             run_decoder(model, batch)
     for name, histogram in histograms.items():
         if histogram.not_finite:

@@ -21,7 +21,7 @@ from cats_llm.checkpoint.config import check_sparsity
 from cats_llm.evaluation.baselines.input_mask import InputConfig, SparseInput, decoder_linears
 from cats_llm.evaluation.baselines.teal import distributions, not_below, threshold_config
 from cats_llm.evaluation.method_data import MethodData
-from cats_llm.model.contexts import as_dense
+from cats_llm.model.sparsify import as_dense
 from cats_llm.model.structure import eval_mode, unwrap
 
 # a step skips so much of a decoder layer's weights, but no more than so much of a linear layer's inputs
