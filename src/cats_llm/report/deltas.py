@@ -1,16 +1,11 @@
 """What each variant of an evaluation loses or gains beside the dense model, and sentences that say it."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from cats_llm.number_format import MISSING, Z95, number, percent, signed, target
 from cats_llm.report.results import DENSE, Difference, EvalResult, EvalRow, EvalTask, EvalVariant, Skipped
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _SHARES = ("acc", "exact_match", "em", "f1", "pass@", "top1_agreement")
 _NAMES = {
