@@ -8,7 +8,7 @@ from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.layer_tensors import FILE
 from cats_llm.cli.options import Results
 from cats_llm.cli.output import quiet_libraries, show, table, track
-from cats_llm.cli.signature import Defaults, Without
+from cats_llm.cli.signature import Change
 from cats_llm.inspection import SAMPLING, inspect_model
 from cats_llm.loading import ModelSource
 from cats_llm.number_format import fixed, percent, size
@@ -17,7 +17,7 @@ from cats_llm.options import Panel, values_of
 
 def command(
     source: ModelSource,
-    sampling: Annotated[Sampling, Defaults(**values_of(SAMPLING)), Without("batch_size", "seed")],
+    sampling: Annotated[Sampling, Change(defaults=values_of(SAMPLING), without=("batch_size", "seed"))],
     *,
     measure: Annotated[
         bool,
