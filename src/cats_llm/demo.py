@@ -87,14 +87,7 @@ def run_demo(
     variants = make_variants(dense, ["cats"], SPARSITIES, profile)
     task = PerplexityTask(str(bundled.heldout_text()), "held-out books", _SEQ_LENGTH, samples=config.samples)
     result = run_evaluation(
-        dense,
-        tokenizer,
-        variants,
-        [task],
-        name=_NAME,
-        batch_size=_BATCH_SIZE,
-        progress=progress,
-        command=command,
+        dense, tokenizer, variants, [task], name=_NAME, batch_size=_BATCH_SIZE, progress=progress, command=command
     )
     decoding = Decoding(config.max_new_tokens)
     continuations: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}

@@ -55,7 +55,4 @@ def _finish(result: BenchResult, results: options.Results, figure: Path | None) 
         write_figure(result.record["benchmark"], result.record["rows"], figure, results.force)
     show(result.title)
     for header, *lines in result.tables:
-        shown = table(*header)
-        for line in lines:
-            shown.add_row(*line)
-        show(shown)
+        show(table(*header, rows=lines))

@@ -61,10 +61,9 @@ def command(
     summary = summarise(profile)
     results.write(summary)
     show(f"thresholds of {source.model}")
-    thresholds = table("layer", *(f"t at {k}" for k in summary["thresholds"]))
-    for layer in profile.layers:
-        thresholds.add_row(str(layer), *(f"{values[layer]:.4f}" for values in summary["thresholds"].values()))
-    show(thresholds)
+    thresholds = summary["thresholds"]
+    lines = [[str(layer), *(f"{values[layer]:.4f}" for values in thresholds.values())] for layer in profile.layers]
+    show(table("layer", *(f"t at {k}" for k in thresholds), rows=lines))
     show(f"{profile.record['tokens']} tokens in {profile.record['sequences']} sequences; profile written to {output}")
 
 

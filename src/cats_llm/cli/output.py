@@ -2,17 +2,15 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cats_llm import distributed
+from cats_llm.evaluation.run import Progress as EvaluationProgress
 from cats_llm.number_format import fixed, size
-
-if TYPE_CHECKING:
-    from cats_llm.evaluation.run import Progress as EvaluationProgress
 
 Item = TypeVar("Item")
 _MOST_NAMES = 12
@@ -56,7 +54,7 @@ def notify(message: str) -> None:
         progress_console.print(message)
 
 
-def show_progress(step: "EvaluationProgress") -> None:
+def show_progress(step: EvaluationProgress) -> None:
     """Tell the user what was measured, and what time is left."""
     metric = next(iter(step.measurement.metrics), None)
     value = "no metric" if metric is None else f"{metric.name} {fixed(metric.value)}"
@@ -71,12 +69,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def table(*columns: str) -> Table:
+def table(*columns: str, rows: Iterable[Iterable[str]] = ()) -> Table:
     """A table with the first column to the left and the others, numbers, to the right."""
-    rows = Table(header_style="bold")
+    made = Table(header_style="bold")
     for i, column in enumerate(columns):
-        rows.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return rows
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def show_left_out(left_out: Mapping[str, int]) -> None:

@@ -58,7 +58,6 @@ def command(
 
 
 def _show_measured(choice: Choice, by_divergence: bool) -> None:
-    rows = table("tried", "KL to dense, text held back" if by_divergence else "perplexity, text held back")
-    for name, value in choice.measured.items():
-        rows.add_row(name, fixed(value) if by_divergence else f"{signed(100 * value, 2)} %")
-    show(rows)
+    measure = "KL to dense" if by_divergence else "perplexity"
+    values = {k: fixed(v) if by_divergence else f"{signed(100 * v, 2)} %" for k, v in choice.measured.items()}
+    show(table("tried", f"{measure}, text held back", rows=values.items()))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cats_llm.number_format import Z95, known
 from cats_llm.report import style
-from cats_llm.report.deltas import DISTANCES, Measure, deltas, measures
+from cats_llm.report.deltas import Measure, deltas, measures
 from cats_llm.report.labels import label
 from cats_llm.report.page_figure import PageFigure
 from cats_llm.report.results import DENSE, EvalResult, EvalVariant
@@ -120,7 +120,7 @@ def _series(result: EvalResult, measure: Measure, of_weights: bool, alone: bool)
         method = f"{variant.method}, {variant.tokens}" if variant.tokens else variant.method
         points = dense if variant.name == DENSE else by_method.setdefault(method, [])
         points.append(Point(x, row.value, Z95 * (row.stderr or 0.0)))
-    if measure.metric in DISTANCES and not dense:
+    if measure.is_distance and not dense:
         # no model is any distance from itself
         dense = [Point(0.0, float(measure.metric == "top1_agreement"), 0.0)]
     return {
