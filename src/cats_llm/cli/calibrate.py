@@ -10,8 +10,7 @@ from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import quiet_libraries, show, table, track
+from cats_llm.cli.output import Results, quiet_libraries, show, table, track
 from cats_llm.loading import ModelSource
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps

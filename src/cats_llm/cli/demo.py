@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import quiet_libraries, show, show_progress, table, track
+from cats_llm.cli.output import Results, quiet_libraries, show, show_progress, table, track
 from cats_llm.demo import DemoConfig, run_demo
 from cats_llm.number_format import MISSING, change, fixed, percent, target
 from cats_llm.outputs import command_line

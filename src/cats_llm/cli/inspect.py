@@ -3,8 +3,7 @@
 from typing import Annotated, Any
 
 from cats_llm.checkpoint.layer_tensors import FILE
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import quiet_libraries, show, table, track
+from cats_llm.cli.output import Results, quiet_libraries, show, table, track
 from cats_llm.cli.signature import Change
 from cats_llm.inspection import InspectConfig, inspect_model
 from cats_llm.number_format import fixed, percent, size

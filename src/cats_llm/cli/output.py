@@ -1,7 +1,9 @@
-"""What commands print: tables on stdout, progress on stderr."""
+"""What commands put out: tables on stdout, progress on stderr, results as files."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -11,6 +13,8 @@ from rich.table import Table
 from cats_llm import distributed
 from cats_llm.evaluation.run import Progress as EvaluationProgress
 from cats_llm.number_format import fixed, size
+from cats_llm.options import Panel, option
+from cats_llm.outputs import check_output, write_json
 
 Item = TypeVar("Item")
 _MOST_NAMES = 12
@@ -21,6 +25,29 @@ _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 _WIDE = 160
 console = Console(**_PLAIN, width=None if Console().is_terminal else _WIDE)
 progress_console = Console(**_PLAIN, stderr=True)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where a command writes its results as JSON, and whether its outputs may replace what is there."""
+
+    json: Path | None = option(None, help="Write the results as JSON too.", metavar="FILE", panel=Panel.OUTPUT)
+    force: bool = option(False, help="Replace existing outputs.", panel=Panel.OUTPUT)
+
+    def check(self, *paths: Path | None) -> None:
+        """Refuse, before any long work, what could not be written at the end: the JSON file and other outputs.
+
+        Raises:
+            CatsError: one exists, or its folder does not.
+        """
+        for path in (*paths, self.json):
+            if path is not None:
+                check_output(path, self.force)
+
+    def write(self, results: Any) -> None:
+        """Write the JSON file, if one was asked for."""
+        if self.json is not None:
+            write_json(self.json, results, self.force)
 
 
 def quiet_libraries() -> None:

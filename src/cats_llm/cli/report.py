@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import show
+from cats_llm.cli.output import Results, show
 from cats_llm.cli.signature import Change
 from cats_llm.outputs import write_file
 from cats_llm.report import markdown, read_files, render_page, require_extra, write_figures

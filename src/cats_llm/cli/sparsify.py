@@ -8,8 +8,7 @@ import typer
 
 from cats_llm.calibration.criteria.search import Choice
 from cats_llm.calibration.sparsify_model import SparsifyConfig, sparsify_model
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import progress_console, quiet_libraries, show, show_left_out, table, track
+from cats_llm.cli.output import Results, progress_console, quiet_libraries, show, show_left_out, table, track
 from cats_llm.number_format import fixed, percent, signed
 
 
