@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from cats_llm.checkpoint.config import check_sparsity
-from cats_llm.cli.signature import Defaults, Help, Without, with_options
+from cats_llm.cli.signature import Change, with_options
 from cats_llm.errors import CatsError
 from cats_llm.options import build, from_mapping, option, option_fields
 
@@ -92,7 +92,7 @@ def test_help_shows_every_option_its_default_and_its_panel():
 
 def test_a_command_may_have_other_defaults_and_fewer_options():
     def command(seen):
-        def inner(config: Annotated[Inner, Defaults(name="m", column="c"), Without()]) -> None:
+        def inner(config: Annotated[Inner, Change(defaults={"name": "m", "column": "c"})]) -> None:
             seen.append(config)
 
         return inner
@@ -101,7 +101,7 @@ def test_a_command_may_have_other_defaults_and_fewer_options():
     assert seen == Inner("m", "c")
 
     def fewer(seen):
-        def inner(config: Annotated[Inner, Without("column")]) -> None:
+        def inner(config: Annotated[Inner, Change(without=("column",))]) -> None:
             seen.append(config)
 
         return inner
@@ -132,7 +132,7 @@ def test_a_dataclass_inside_another_has_the_defaults_that_the_outer_one_gives_it
 
 def test_a_command_may_say_what_an_option_means_in_it():
     def explains(seen):
-        def inner(config: Annotated[Inner, Help(column="Of a table.")]) -> None:
+        def inner(config: Annotated[Inner, Change(helps={"column": "Of a table."})]) -> None:
             """Do it."""
 
         return inner
@@ -142,7 +142,9 @@ def test_a_command_may_say_what_an_option_means_in_it():
     assert "A column." not in result.output
 
 
-@pytest.mark.parametrize("mark", [Defaults(colour="red"), Without("colour"), Help(colour="Red.")])
+@pytest.mark.parametrize(
+    "mark", [Change({"colour": "red"}), Change({}, {"colour": "Red."}), Change(without=["colour"])]
+)
 def test_a_mark_for_an_option_that_is_not_there_is_a_mistake_of_ours(mark):
     def command(config: Annotated[Inner, mark]) -> None:
         """Nothing."""

@@ -1,7 +1,7 @@
 """The whole job on the bundled model and real text: what `cats demo` runs, and an example of the package in use."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import Progress, run_evaluation
 from cats_llm.evaluation.variants import make_variants
-from cats_llm.loading import load_model, load_tokenizer
+from cats_llm.loading import Placement, load_model, load_tokenizer
 from cats_llm.model.sparsify import densify, sparsify
 from cats_llm.model.weight_traffic import sparsity_of
 from cats_llm.number_format import percent
+from cats_llm.options import option
 from cats_llm.outputs import check_output, write_file, write_folder, write_json
 from cats_llm.progress import Track, untracked
 from cats_llm.report import read_files, render_page, require_extra
@@ -36,13 +37,19 @@ _SEQ_LENGTH = 512
 _BATCH_SIZE = 8
 
 
+@dataclass(frozen=True)
+class DemoConfig:
+    """How much `cats demo` computes, and where."""
+
+    place: Placement = Placement(dtype="float32")
+    samples: int = option(64, help="Sequences of 512 tokens to calibrate and to evaluate on.", minimum=1)
+    max_new_tokens: int = option(60, help="Length of the continuations.", minimum=1)
+
+
 def run_demo(
     out: Path,
+    config: DemoConfig = DemoConfig(),
     *,
-    samples: int = 64,
-    max_new_tokens: int = 60,
-    device: str | None = None,
-    dtype: str = "float32",
     force: bool = False,
     command: str = "",
     track: Track = untracked,
@@ -52,10 +59,7 @@ def run_demo(
 
     Args:
         out: the folder to write: the profile, a CATS checkpoint a sparsity, results.json and report.html.
-        samples: sequences of 512 tokens to calibrate and to evaluate on.
-        max_new_tokens: length of the continuations.
-        device: where to compute; None for where torch puts new tensors.
-        dtype: of the weights.
+        config: how much is computed, and where.
         force: replace a folder that exists.
         command: what made the result, for the record.
         track: shows how much of the calibration is done.
@@ -72,26 +76,19 @@ def run_demo(
     check_output(out, force)
     require_extra()
     source = bundled.model_path()
-    dense = load_model(str(source), dtype, device)
+    dense = load_model(str(source), config.place.dtype, config.place.device)
     tokenizer = load_tokenizer(str(source))
     text = str(bundled.calibration_text())
     # a seed, so that all of the books are drawn from
-    sampling = Sampling(samples, _SEQ_LENGTH, _BATCH_SIZE, seed=0)
+    sampling = Sampling(config.samples, _SEQ_LENGTH, _BATCH_SIZE, seed=0)
     profile = calibrate(dense, sampling.batches(text, tokenizer, dense, track), text, tokenizer)
     profile = replace(profile, record=profile.record | {"model": _NAME})
     variants = make_variants(dense, ["cats"], SPARSITIES, profile)
-    task = PerplexityTask(str(bundled.heldout_text()), "held-out books", _SEQ_LENGTH, samples=samples)
+    task = PerplexityTask(str(bundled.heldout_text()), "held-out books", _SEQ_LENGTH, samples=config.samples)
     result = run_evaluation(
-        dense,
-        tokenizer,
-        variants,
-        [task],
-        name=_NAME,
-        batch_size=_BATCH_SIZE,
-        progress=progress,
-        command=command,
+        dense, tokenizer, variants, [task], name=_NAME, batch_size=_BATCH_SIZE, progress=progress, command=command
     )
-    decoding = Decoding(max_new_tokens)
+    decoding = Decoding(config.max_new_tokens)
     continuations: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
     with write_folder(out, force) as folder:
         profile.save(folder / "profile.safetensors")
@@ -100,7 +97,7 @@ def run_demo(
             if isinstance(variant.config, CatsConfig):
                 checkpoint = folder / f"cats-{100 * (variant.sparsity or 0):.0f}"
                 write_checkpoint(source, checkpoint, variant.config)
-                model = load_model(str(checkpoint), dtype, device)
+                model = load_model(str(checkpoint), config.place.dtype, config.place.device)
                 _check_reloaded(model, dense, variant.config, task.windows[:1])
             for prompt, texts in continuations.items():
                 texts[variant.name] = str(continue_prompt(model, tokenizer, prompt, decoding)["text"])

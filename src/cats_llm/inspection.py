@@ -1,5 +1,6 @@
 """What a model is made of and what sparsity saves, as `cats inspect` shows it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from cats_llm import bundled
@@ -10,27 +11,31 @@ from cats_llm.integrations.transformers import load_vectors
 from cats_llm.loading import ModelSource
 from cats_llm.model.structure import activation_name, find_gated_mlps
 from cats_llm.model.weight_traffic import bytes_per_token, sparsity_of
+from cats_llm.options import Panel, option
 from cats_llm.progress import Track, untracked
 
-SAMPLING = Sampling(samples=8, seq_length=256)
-"""How much text the sparsity is measured on, unless more is asked for."""
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Which model, and whether and on what its sparsity is measured."""
+
+    source: ModelSource
+    sampling: Sampling = Sampling(samples=8, seq_length=256)
+    measure: bool = option(
+        True,
+        help="Run text through a CATS model to measure its sparsity; otherwise no weights are read.",
+        panel=Panel.MEASURING,
+    )
+    text: str | None = option(
+        None, metavar="FILE|DATASET", help="Text to measure on. Default: some English prose.", panel=Panel.DATA
+    )
 
 
-def inspect_model(
-    source: ModelSource,
-    text: str | None = None,
-    sampling: Sampling = SAMPLING,
-    *,
-    measure: bool = True,
-    track: Track = untracked,
-) -> dict[str, Any]:
+def inspect_model(inspection: InspectConfig, *, track: Track = untracked) -> dict[str, Any]:
     """A model's gated MLPs, thresholds, sparsity, and the bytes that decoding one token reads.
 
     Args:
-        source: dense or CATS.
-        text: to measure the sparsity of a CATS model on; None takes some English prose.
-        sampling: of the text.
-        measure: False reads no weights and goes by the sparsity at calibration.
+        inspection: a dense or CATS model; only of a CATS model is the sparsity measured.
         track: shows how much of the text is done.
 
     Returns:
@@ -39,6 +44,7 @@ def inspect_model(
     Raises:
         CatsError: the model has no gated MLP, or from loading and reading text.
     """
+    source = inspection.source
     skeleton = source.skeleton()
     stored = getattr(skeleton.config, "quantization_config", None)
     config = None
@@ -46,9 +52,10 @@ def inspect_model(
         config = stored if isinstance(stored, CatsConfig) else CatsConfig.from_dict(dict(stored))
         load_vectors(config, source.model, revision=source.revision)
     measured: dict[int, float] = {}
-    if measure and config is not None:
+    if inspection.measure and config is not None:
         model = source.load()
-        batches = list(sampling.batches(text or str(bundled.heldout_text()), source.tokenizer(), model))
+        text = inspection.text or str(bundled.heldout_text())
+        batches = list(inspection.sampling.batches(text, source.tokenizer(), model))
         measured = measure_sparsity(model, track(batches, "measuring"))
     return {"model": source.model, **_facts(skeleton, config, measured)}
 

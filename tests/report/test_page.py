@@ -12,7 +12,7 @@ import pytest
 
 from cats_llm.cli import report as command
 from cats_llm.cli.main import main
-from cats_llm.cli.options import Results
+from cats_llm.cli.output import Results
 from cats_llm.report import (
     MissingExtraError,
     ReportInputs,

@@ -7,8 +7,7 @@ import typer
 
 from cats_llm.benchmark.bench import BenchResult, bench_decode, bench_mlp
 from cats_llm.benchmark.config import DecodeBench, MLPBench
-from cats_llm.cli import options
-from cats_llm.cli.output import progress_console, quiet_libraries, show, table, track
+from cats_llm.cli.output import Results, progress_console, quiet_libraries, show, table, track
 from cats_llm.cli.signature import with_options
 
 Figure = Annotated[Path | None, typer.Option(help="Draw the results into this .svg or .png file.", show_default=False)]
@@ -22,7 +21,7 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="bench")
 
 
-def mlp(config: MLPBench, results: options.Results, figure: Figure = None) -> None:
+def mlp(config: MLPBench, results: Results, figure: Figure = None) -> None:
     """Time one MLP at decode with random weights: our kernel, PyTorch dense, a plain read of the same bytes.
 
     Contestants take turns, weights rotate over more than a gigabyte, ratios are taken round by round. On a GPU they are
@@ -34,7 +33,7 @@ def mlp(config: MLPBench, results: options.Results, figure: Figure = None) -> No
     _finish(bench_mlp(config, track), results, figure)
 
 
-def decode(config: DecodeBench, results: options.Results, figure: Figure = None) -> None:
+def decode(config: DecodeBench, results: Results, figure: Figure = None) -> None:
     """Time whole tokens through `generate`: stock transformers, our dense path (k = 0), and CATS on the same weights.
 
     On a GPU each of them eager, compiled by `generate` with a static cache, with our loop, and as a bare compiled step.
@@ -46,7 +45,7 @@ def decode(config: DecodeBench, results: options.Results, figure: Figure = None)
     _finish(bench_decode(config, track, progress_console.print), results, figure)
 
 
-def _finish(result: BenchResult, results: options.Results, figure: Path | None) -> None:
+def _finish(result: BenchResult, results: Results, figure: Path | None) -> None:
     """Write the files and show the tables."""
     results.write(result.record)
     if figure is not None:
@@ -55,7 +54,4 @@ def _finish(result: BenchResult, results: options.Results, figure: Path | None) 
         write_figure(result.record["benchmark"], result.record["rows"], figure, results.force)
     show(result.title)
     for header, *lines in result.tables:
-        shown = table(*header)
-        for line in lines:
-            shown.add_row(*line)
-        show(shown)
+        show(table(*header, rows=lines))

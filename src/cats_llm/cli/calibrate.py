@@ -10,8 +10,7 @@ from cats_llm import distributed
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import quiet_libraries, show, table, track
+from cats_llm.cli.output import Results, quiet_libraries, show, table, track
 from cats_llm.loading import ModelSource
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
@@ -60,10 +59,9 @@ def command(
     summary = summarise(profile)
     results.write(summary)
     show(f"thresholds of {source.model}")
-    thresholds = table("layer", *(f"t at {k}" for k in summary["thresholds"]))
-    for layer in profile.layers:
-        thresholds.add_row(str(layer), *(f"{values[layer]:.4f}" for values in summary["thresholds"].values()))
-    show(thresholds)
+    thresholds = summary["thresholds"]
+    lines = [[str(layer), *(f"{values[layer]:.4f}" for values in thresholds.values())] for layer in profile.layers]
+    show(table("layer", *(f"t at {k}" for k in thresholds), rows=lines))
     show(f"{profile.record['tokens']} tokens in {profile.record['sequences']} sequences; profile written to {output}")
 
 

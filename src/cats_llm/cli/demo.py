@@ -7,21 +7,17 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import quiet_libraries, show, show_progress, table, track
-from cats_llm.cli.signature import Defaults
-from cats_llm.demo import run_demo
-from cats_llm.loading import Placement
+from cats_llm.cli.output import Results, quiet_libraries, show, show_progress, table, track
+from cats_llm.demo import DemoConfig, run_demo
 from cats_llm.number_format import MISSING, change, fixed, percent, target
 from cats_llm.outputs import command_line
 
 
 def command(
+    *,
     results: Results,
-    place: Annotated[Placement, Defaults(dtype="float32")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("cats-demo"),
-    samples: Annotated[int, typer.Option(min=1, help="Sequences of 512 tokens to calibrate and to evaluate on.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuations.")] = 60,
+    config: DemoConfig,
 ) -> None:
     """Calibrate, sparsify, save, reload, evaluate and generate with the bundled model, and write a report.
 
@@ -33,17 +29,7 @@ def command(
     results.check(out)
     quiet_libraries()
     started = time.perf_counter()
-    result = run_demo(
-        out,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        device=place.device,
-        dtype=place.dtype,
-        force=results.force,
-        command=command_line(),
-        track=track,
-        progress=show_progress,
-    )
+    result = run_demo(out, config, force=results.force, command=command_line(), track=track, progress=show_progress)
     results.write(result)
     _show(result)
     show("The reloaded checkpoints give the logits of the models they were saved from, to the bit.")

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from cats_llm.checkpoint.write import write_dense_checkpoint
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import quiet_libraries, show, show_left_out
+from cats_llm.cli.output import Results, quiet_libraries, show, show_left_out
 from cats_llm.loading import checkpoint_folder
 from cats_llm.number_format import size
 

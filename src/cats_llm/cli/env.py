@@ -1,8 +1,7 @@
 """`cats env`: what this installation is and which kernels it uses."""
 
 from cats_llm.benchmark import machine
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import show, table
+from cats_llm.cli.output import Results, show, table
 
 
 def command(results: Results) -> None:

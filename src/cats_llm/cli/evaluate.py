@@ -3,8 +3,7 @@
 from typing import Any
 
 from cats_llm import distributed
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
+from cats_llm.cli.output import Results, notify, quiet_libraries, show, show_progress, table, track
 from cats_llm.evaluation.config import EvaluationConfig
 from cats_llm.evaluation.evaluate_model import evaluate_model
 from cats_llm.number_format import MISSING, fixed, percent

@@ -4,16 +4,15 @@ import sys
 from typing import Annotated
 
 from cats_llm import distributed
-from cats_llm.cli import options
-from cats_llm.cli.output import quiet_libraries, show
-from cats_llm.cli.signature import Help
+from cats_llm.cli.output import Results, quiet_libraries, show
+from cats_llm.cli.signature import Change
 from cats_llm.outputs import command_line
 from cats_llm.training.config import FinetuneConfig
 
 _DTYPE = "Of the base model: bfloat16 or float32; auto: bfloat16 on a GPU that has it, else float32."
 
 
-def command(config: Annotated[FinetuneConfig, Help(dtype=_DTYPE)], results: options.Results) -> None:
+def command(config: Annotated[FinetuneConfig, Change(helps={"dtype": _DTYPE})], results: Results) -> None:
     """Recover quality: train LoRA adapters on a CATS, ReLUfied or dense model, and write the result as a checkpoint.
 
     The defaults are the paper's settings. For several GPUs, start it with `accelerate launch -m cats_llm.cli.main

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import progress_console, quiet_libraries
+from cats_llm.cli.output import Results, progress_console, quiet_libraries
 from cats_llm.cli.streams import read_prompt
 from cats_llm.continuation import Decoding, continue_prompt
 from cats_llm.loading import ModelSource

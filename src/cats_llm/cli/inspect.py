@@ -2,48 +2,21 @@
 
 from typing import Annotated, Any
 
-import typer
-
-from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.layer_tensors import FILE
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import quiet_libraries, show, table, track
-from cats_llm.cli.signature import Defaults, Without
-from cats_llm.inspection import SAMPLING, inspect_model
-from cats_llm.loading import ModelSource
+from cats_llm.cli.output import Results, quiet_libraries, show, table, track
+from cats_llm.cli.signature import Change
+from cats_llm.inspection import InspectConfig, inspect_model
 from cats_llm.number_format import fixed, percent, size
-from cats_llm.options import Panel, values_of
 
 
-def command(
-    source: ModelSource,
-    sampling: Annotated[Sampling, Defaults(**values_of(SAMPLING)), Without("batch_size", "seed")],
-    *,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            help="Run text through a CATS model to measure its sparsity; otherwise no weights are read.",
-            rich_help_panel=Panel.MEASURING,
-        ),
-    ] = True,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|DATASET",
-            help="Text to measure on. Default: some English prose.",
-            show_default=False,
-            rich_help_panel=Panel.DATA,
-        ),
-    ] = None,
-    results: Results,
-) -> None:
+def command(config: Annotated[InspectConfig, Change(without=("batch_size", "seed"))], results: Results) -> None:
     """Show a model's gated MLPs, thresholds, sparsity, and the bytes that decoding one token reads.
 
     Example: **cats inspect mistral-cats50**
     """
     results.check()
     quiet_libraries()
-    facts = inspect_model(source, text, sampling, measure=measure, track=track)
+    facts = inspect_model(config, track=track)
     results.write(facts)
     _show(facts)
 
@@ -65,13 +38,9 @@ def _show(facts: dict[str, Any]) -> None:
         )
     show(rows)
     read, shares = facts["bytes_per_token"], facts["sparsity"]
-    bytes_table = table("bytes of weights read a token", "dense", "sparse", "bound on the speed-up")
-    for label, dense, sparse in (
-        ("MLPs", read["mlp_dense"], read["mlp_sparse"]),
-        ("whole model", read["dense"], read["sparse"]),
-    ):
-        bytes_table.add_row(label, size(dense), size(sparse), f"{dense / sparse:.2f} x")
-    show(bytes_table)
+    parts = {"MLPs": (read["mlp_dense"], read["mlp_sparse"]), "whole model": (read["dense"], read["sparse"])}
+    saved = [(part, size(dense), size(sparse), f"{dense / sparse:.2f} x") for part, (dense, sparse) in parts.items()]
+    show(table("bytes of weights read a token", "dense", "sparse", "bound on the speed-up", rows=saved))
     if facts["sparse"]:
         show(
             f"sparsity {facts['sparsity_is']}: {percent(shares['gate'])} of neurons (gate), {percent(shares['ffn'])} "

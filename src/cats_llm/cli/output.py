@@ -1,18 +1,20 @@
-"""What commands print: tables on stdout, progress on stderr."""
+"""What commands put out: tables on stdout, progress on stderr, results as files."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cats_llm import distributed
+from cats_llm.evaluation.run import Progress as EvaluationProgress
 from cats_llm.number_format import fixed, size
-
-if TYPE_CHECKING:
-    from cats_llm.evaluation.run import Progress as EvaluationProgress
+from cats_llm.options import Panel, option
+from cats_llm.outputs import check_output, write_json
 
 Item = TypeVar("Item")
 _MOST_NAMES = 12
@@ -23,6 +25,29 @@ _PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 _WIDE = 160
 console = Console(**_PLAIN, width=None if Console().is_terminal else _WIDE)
 progress_console = Console(**_PLAIN, stderr=True)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where a command writes its results as JSON, and whether its outputs may replace what is there."""
+
+    json: Path | None = option(None, help="Write the results as JSON too.", metavar="FILE", panel=Panel.OUTPUT)
+    force: bool = option(False, help="Replace existing outputs.", panel=Panel.OUTPUT)
+
+    def check(self, *paths: Path | None) -> None:
+        """Refuse, before any long work, what could not be written at the end: the JSON file and other outputs.
+
+        Raises:
+            CatsError: one exists, or its folder does not.
+        """
+        for path in (*paths, self.json):
+            if path is not None:
+                check_output(path, self.force)
+
+    def write(self, results: Any) -> None:
+        """Write the JSON file, if one was asked for."""
+        if self.json is not None:
+            write_json(self.json, results, self.force)
 
 
 def quiet_libraries() -> None:
@@ -56,7 +81,7 @@ def notify(message: str) -> None:
         progress_console.print(message)
 
 
-def show_progress(step: "EvaluationProgress") -> None:
+def show_progress(step: EvaluationProgress) -> None:
     """Tell the user what was measured, and what time is left."""
     metric = next(iter(step.measurement.metrics), None)
     value = "no metric" if metric is None else f"{metric.name} {fixed(metric.value)}"
@@ -71,12 +96,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def table(*columns: str) -> Table:
+def table(*columns: str, rows: Iterable[Iterable[str]] = ()) -> Table:
     """A table with the first column to the left and the others, numbers, to the right."""
-    rows = Table(header_style="bold")
+    made = Table(header_style="bold")
     for i, column in enumerate(columns):
-        rows.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return rows
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def show_left_out(left_out: Mapping[str, int]) -> None:

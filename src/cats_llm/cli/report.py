@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import show
-from cats_llm.cli.signature import Without
+from cats_llm.cli.output import Results, show
+from cats_llm.cli.signature import Change
 from cats_llm.outputs import write_file
 from cats_llm.report import markdown, read_files, render_page, require_extra, write_figures
 from cats_llm.report.page import headline
@@ -24,7 +23,7 @@ def command(
             show_default=False,
         ),
     ],
-    outputs: Annotated[Results, Without("json")],
+    outputs: Annotated[Results, Change(without=("json",))],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     figures: Annotated[
         Path | None,

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from cats_llm.benchmark import machine
-from cats_llm.cli import options
-from cats_llm.cli.output import notify, quiet_libraries, show, show_progress, table, track
+from cats_llm.cli.output import Results, notify, quiet_libraries, show, show_progress, table, track
 from cats_llm.errors import CatsError
 from cats_llm.number_format import MISSING, number
 from cats_llm.outputs import command_line, write_file
@@ -19,7 +18,7 @@ from cats_llm.report import MissingExtraError, read_files, render_page, require_
 
 def command(
     config: ReproduceConfig,
-    results: options.Results,
+    results: Results,
     recipe: Annotated[
         str | None,
         typer.Argument(

@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, is_dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field, is_dataclass, replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -12,19 +12,19 @@ from cats_llm.errors import CatsError
 from cats_llm.options import OptionField, build, option_fields
 
 
-class Defaults(dict[str, Any]):
-    """Other defaults in one command: ``source: Annotated[ModelSource, Defaults(dtype="float32")]``."""
+@dataclass(frozen=True)
+class Change:
+    """What differs in one command: ``source: Annotated[ModelSource, Change(defaults={"dtype": "float32"})]``.
 
+    Attributes:
+        defaults: other defaults, by option.
+        helps: what options mean here.
+        without: options that the command does not have.
+    """
 
-class Help(dict[str, str]):
-    """What options mean in one command: ``config: Annotated[FinetuneConfig, Help(dtype="Of the base model.")]``."""
-
-
-class Without:
-    """Options that one command does not have: ``source: Annotated[ModelSource, Without("revision")]``."""
-
-    def __init__(self, *names: str) -> None:
-        self.names = names
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    helps: Mapping[str, str] = field(default_factory=dict)
+    without: Collection[str] = ()
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,20 +37,19 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     configs: dict[str, tuple[type, dict[str, OptionField]]] = {}
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
-        config, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        config, change = get_args(hint) if get_origin(hint) is Annotated else (hint, Change())
         if not (is_dataclass(config) and isinstance(config, type)):
             parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
             continue
-        defaults = {k: v for mark in marks if isinstance(mark, Defaults) for k, v in mark.items()}
-        left_out = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
-        fields = {name: field for name, field in option_fields(config).items() if name not in left_out}
-        helps = {k: v for mark in marks if isinstance(mark, Help) for k, v in mark.items()}
-        unknown = (defaults.keys() | left_out | helps.keys()) - option_fields(config).keys()
+        fields = option_fields(config)
+        unknown = {*change.defaults, *change.helps, *change.without} - fields.keys()
         if unknown:
             raise TypeError(f"{config.__name__} has no option {', '.join(sorted(unknown))}")
-        fields |= {n: replace(fields[n], option=replace(fields[n].option, help=text)) for n, text in helps.items()}
+        for name, text in change.helps.items():
+            fields[name] = replace(fields[name], option=replace(fields[name].option, help=text))
+        fields = {name: field for name, field in fields.items() if name not in change.without}
         configs[parameter.name] = (config, fields)
-        parameters += [_parameter(field, defaults.get(name, field.default)) for name, field in fields.items()]
+        parameters += [_parameter(field, change.defaults.get(name, field.default)) for name, field in fields.items()]
 
     @functools.wraps(command)
     def expanded(**values: Any) -> None:

@@ -8,8 +8,7 @@ import typer
 
 from cats_llm.calibration.criteria.search import Choice
 from cats_llm.calibration.sparsify_model import SparsifyConfig, sparsify_model
-from cats_llm.cli.options import Results
-from cats_llm.cli.output import progress_console, quiet_libraries, show, show_left_out, table, track
+from cats_llm.cli.output import Results, progress_console, quiet_libraries, show, show_left_out, table, track
 from cats_llm.number_format import fixed, percent, signed
 
 
@@ -58,7 +57,6 @@ def command(
 
 
 def _show_measured(choice: Choice, by_divergence: bool) -> None:
-    rows = table("tried", "KL to dense, text held back" if by_divergence else "perplexity, text held back")
-    for name, value in choice.measured.items():
-        rows.add_row(name, fixed(value) if by_divergence else f"{signed(100 * value, 2)} %")
-    show(rows)
+    measure = "KL to dense" if by_divergence else "perplexity"
+    values = {k: fixed(v) if by_divergence else f"{signed(100 * v, 2)} %" for k, v in choice.measured.items()}
+    show(table("tried", f"{measure}, text held back", rows=values.items()))

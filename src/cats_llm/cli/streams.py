@@ -59,25 +59,20 @@ def read_prompt(prompt: str) -> str:
         CatsError: it is no text in the encoding that the system is set to.
     """
     if prompt == "-":
-        prompt = _read_stdin().removeprefix("\ufeff")
+        stdin: Any = sys.stdin
+        if stdin is None:
+            raise CatsError("stdin is closed, so there is no prompt to read from it; pass the text with --prompt.")
+        try:
+            prompt = stdin.read().removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            raise CatsError(
+                f"the prompt on stdin is not {str(stdin.encoding).upper()} text (byte {error.start}); convert it."
+            ) from error
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:  # what Python makes of bytes that it cannot decode
         raise CatsError(f"the prompt is not UTF-8 text (from character {error.start + 1} on); convert it.") from error
     return prompt
-
-
-def _read_stdin() -> str:
-    stdin: Any = sys.stdin
-    if stdin is None:
-        raise CatsError("stdin is closed, so there is no prompt to read from it; pass the text with --prompt.")
-    try:
-        text: str = stdin.read()
-    except UnicodeDecodeError as error:
-        raise CatsError(
-            f"the prompt on stdin is not {str(stdin.encoding).upper()} text (byte {error.start}); convert it."
-        ) from error
-    return text
 
 
 @contextmanager

@@ -1,19 +1,15 @@
 """Results of `cats bench` and benchmarks/gpu.py: reading them, a table, and what they say."""
 
-from __future__ import annotations
-
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from cats_llm.errors import CatsError
 from cats_llm.number_format import counted, number, target
 from cats_llm.report.labels import short_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
 KINDS = ("mlp", "decode")
 # what a file of benchmarks/gpu.py has in place of rows: its lists, and the kind of each

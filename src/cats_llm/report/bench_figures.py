@@ -1,9 +1,9 @@
 """Figures of benchmarks: latency and throughput of each contestant, beside what the bytes allow."""
 
-from __future__ import annotations
-
 import textwrap
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cats_llm.errors import CatsError
@@ -14,9 +14,6 @@ from cats_llm.report.optional_dependency import require_extra
 from cats_llm.report.page_figure import PageFigure, numbered
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from matplotlib.figure import Figure
 
 _OURS, _OTHERS, _BOUND = "#2563a8", "#9aa4b2", "#c2410c"
@@ -66,17 +63,17 @@ def write_figure(kind: str, rows: list[dict[str, Any]], path: Path, force: bool 
         latency(kind, rows).savefig(temporary, format=path.suffix[1:], dpi=150, bbox_inches="tight")
 
 
-def latency(kind: str, rows: list[dict[str, Any]], wide: bool = True) -> Figure:
+def latency(kind: str, rows: list[dict[str, Any]], wide: bool = True) -> "Figure":
     """Time: one panel for each setting; bars are medians, whiskers quartiles. Microseconds if all are below 1 ms."""
     return _bars(kind, rows, wide, throughput=False)
 
 
-def throughput(kind: str, rows: list[dict[str, Any]], wide: bool = True) -> Figure:
+def throughput(kind: str, rows: list[dict[str, Any]], wide: bool = True) -> "Figure":
     """Tokens a second, in the same panels."""
     return _bars(kind, rows, wide, throughput=True)
 
 
-def _bars(kind: str, rows: list[dict[str, Any]], wide: bool, throughput: bool) -> Figure:
+def _bars(kind: str, rows: list[dict[str, Any]], wide: bool, throughput: bool) -> "Figure":
     # here, so that results can be read without matplotlib
     from cats_llm.report import style
 

@@ -1,16 +1,11 @@
 """What each variant of an evaluation loses or gains beside the dense model, and sentences that say it."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from cats_llm.number_format import MISSING, Z95, number, percent, signed, target
 from cats_llm.report.results import DENSE, Difference, EvalResult, EvalRow, EvalTask, EvalVariant, Skipped
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _SHARES = ("acc", "exact_match", "em", "f1", "pass@", "top1_agreement")
 _NAMES = {
@@ -21,8 +16,6 @@ _NAMES = {
     "top1_agreement": "top-1 agreement with dense",
 }
 _PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
-DISTANCES = ("kl", "top1_agreement")
-"""Metrics that are a distance to the dense model already: there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,8 @@ class Measure:
 
     @property
     def is_distance(self) -> bool:
-        """Whether it is a distance to the dense model."""
-        return self.metric in DISTANCES
+        """Whether it is a distance to the dense model already: there is nothing to compare."""
+        return self.metric in ("kl", "top1_agreement")
 
     def value(self, value: float | None) -> str:
         """A value of it."""
@@ -132,6 +125,7 @@ def _mean(rows: list[EvalRow], task: str) -> EvalRow:
         half = Z95 * math.hypot(*((d.high - d.low) / (2 * Z95) for d in differences)) / count
         difference = Difference(value, value - half, value + half)
     weights = [row.tokens or 1 for row in rows]
+    skipped = [vars(row.sparsity).values() for row in rows]
     layers = set.intersection(*(set(row.layer_sparsity) for row in rows))
     return replace(
         rows[0],
@@ -140,11 +134,7 @@ def _mean(rows: list[EvalRow], task: str) -> EvalRow:
         stderr=math.hypot(*errors) / count if len(errors) == count else None,
         n=sum(row.n for row in rows),
         difference=difference,
-        sparsity=Skipped(
-            _weighted([row.sparsity.gate for row in rows], weights),
-            _weighted([row.sparsity.ffn for row in rows], weights),
-            _weighted([row.sparsity.model for row in rows], weights),
-        ),
+        sparsity=Skipped(*(_weighted(shares, weights) for shares in zip(*skipped, strict=True))),
         layer_sparsity={i: _weighted([row.layer_sparsity[i] for row in rows], weights) or 0.0 for i in sorted(layers)},
         tokens=sum(weights),
     )

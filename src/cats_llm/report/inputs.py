@@ -1,11 +1,12 @@
 """What a page is made of: result files of any kind, read and joined."""
 
-from __future__ import annotations
-
 import json
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
 from cats_llm.report.bench import Bench, is_bench, read_bench
@@ -13,12 +14,6 @@ from cats_llm.report.deltas import with_mean
 from cats_llm.report.labels import short_name
 from cats_llm.report.results import EvalResult, is_eval, merge, read_eval
 from cats_llm.report.training import TrainingRun, is_training, read_training
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from cats_llm.calibration.distribution import MagnitudeDistribution
 
 SPARSITIES = (0.5, 0.7, 0.9)
 """What profiles show where nothing was evaluated: the paper's."""
@@ -41,25 +36,19 @@ class CalibratedModel:
     thresholds: dict[str, dict[int, float]]
 
     @classmethod
-    def of(cls, profile: Profile) -> CalibratedModel:
-        """A profile with the thresholds at `SPARSITIES`."""
-        return cls(
-            short_name(str(profile.record.get("model") or "a model")),
-            {str(k): str(v) for k, v in profile.record.items() if isinstance(v, (str, int, float))},
-            profile.layers,
-            {f"cats k={k:g}": profile.config(k).thresholds for k in SPARSITIES},
-        )
-
-    def evaluated_in(self, results: Sequence[EvalResult]) -> CalibratedModel:
-        """The same with the thresholds that were evaluated, if any were, in place of the usual ones."""
+    def of(cls, profile: Profile, results: Sequence[EvalResult]) -> "CalibratedModel":
+        """A profile with the thresholds that were evaluated, or else those at `SPARSITIES`."""
+        label = short_name(str(profile.record.get("model") or "a model"))
         evaluated = {
             variant.name: variant.thresholds
             for result in results
-            if short_name(result.model) == self.label
+            if short_name(result.model) == label
             for variant in result.sparse
-            if variant.thresholds.keys() == self.distributions.keys()
+            if variant.thresholds.keys() == profile.layers.keys()
         }
-        return replace(self, thresholds=evaluated or self.thresholds)
+        facts = {str(k): str(v) for k, v in profile.record.items() if isinstance(v, (str, int, float))}
+        usual = {f"cats k={k:g}": profile.config(k).thresholds for k in SPARSITIES}
+        return cls(label, facts, profile.layers, evaluated or usual)
 
 
 @dataclass(frozen=True)
@@ -85,10 +74,10 @@ class ReportInputs:
         benches: Sequence[Bench] = (),
         trainings: Sequence[TrainingRun] = (),
         files: Sequence[str] = (),
-    ) -> ReportInputs:
+    ) -> "ReportInputs":
         """Join what belongs together: files of one model, and thresholds that were evaluated with their profile."""
         merged = [with_mean(result) for result in merge(results)]
-        calibrated = [CalibratedModel.of(profile).evaluated_in(merged) for profile in profiles]
+        calibrated = [CalibratedModel.of(profile, merged) for profile in profiles]
         return cls(merged, calibrated, [*benches], [*trainings], [*files])
 
 

@@ -1,10 +1,8 @@
 """The page about any mix of result files, and its figures as files."""
 
-from __future__ import annotations
-
 import re
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from cats_llm.number_format import known, number, percent, target
 from cats_llm.outputs import write_folder
@@ -13,12 +11,8 @@ from cats_llm.report.deltas import findings
 from cats_llm.report.inputs import SPARSITIES, ReportInputs
 from cats_llm.report.labels import clean, short_name
 from cats_llm.report.optional_dependency import require_extra
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from cats_llm.report.page_figure import PageFigure
-    from cats_llm.report.results import EvalResult, EvalTask
+from cats_llm.report.page_figure import PageFigure
+from cats_llm.report.results import EvalResult, EvalTask
 
 # where a line must not break
 _UNIT = re.compile(r"(?<=\d) (?=%|×|points?\b)|(?<=×) (?=\d)")

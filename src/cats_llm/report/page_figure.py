@@ -1,7 +1,5 @@
 """A figure of the page, as those who can draw it hand it over."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ class PageFigure(NamedTuple):
     name: str
     title: str
     captions: list[str]
-    draw: Callable[..., Figure]
+    draw: "Callable[..., Figure]"
 
 
 def numbered(name: str, index: int, count: int) -> str:

@@ -1,22 +1,16 @@
 """Figures of evaluations: quality against sparsity, with error bars, and how sparsity spreads over the layers."""
 
-from __future__ import annotations
-
 import itertools
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from cats_llm.number_format import Z95, known
 from cats_llm.report import style
-from cats_llm.report.deltas import DISTANCES, Measure, deltas, measures
+from cats_llm.report.deltas import Measure, deltas, measures
 from cats_llm.report.labels import label
 from cats_llm.report.page_figure import PageFigure
 from cats_llm.report.results import DENSE, EvalResult, EvalVariant
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from matplotlib.figure import Figure
 
 
 def figures(results: Sequence[EvalResult]) -> list[PageFigure]:
@@ -126,7 +120,7 @@ def _series(result: EvalResult, measure: Measure, of_weights: bool, alone: bool)
         method = f"{variant.method}, {variant.tokens}" if variant.tokens else variant.method
         points = dense if variant.name == DENSE else by_method.setdefault(method, [])
         points.append(Point(x, row.value, Z95 * (row.stderr or 0.0)))
-    if measure.metric in DISTANCES and not dense:
+    if measure.is_distance and not dense:
         # no model is any distance from itself
         dense = [Point(0.0, float(measure.metric == "top1_agreement"), 0.0)]
     return {
@@ -140,7 +134,7 @@ def _left_out(panels: Sequence[Panel]) -> list[str]:
     return [f"{most} of {len(panels)} are drawn; the tables have all."] if len(panels) > most else []
 
 
-def quality_curves(panels: Sequence[Panel], wide: bool = True) -> Figure:
+def quality_curves(panels: Sequence[Panel], wide: bool = True) -> style.Figure:
     """Value against measured sparsity, one panel a measure and one line a series, with 95 % error bars."""
     panels = panels[: style.MAX_PANELS]
     looks = style.looks(list(dict.fromkeys(name for panel in panels for name in panel.series)))
@@ -207,7 +201,7 @@ def layer_lines(results: Sequence[EvalResult]) -> dict[str, dict[str, LayerLine]
     return lines
 
 
-def sparsity_by_layer(results: Sequence[EvalResult], wide: bool = True) -> Figure:
+def sparsity_by_layer(results: Sequence[EvalResult], wide: bool = True) -> style.Figure:
     """What each layer skipped: one panel a variant, one line a model, so that models before and after compare."""
     lines = dict(itertools.islice(layer_lines(results).items(), style.MAX_PANELS))
     looks = style.looks(list(dict.fromkeys(model for by_model in lines.values() for model in by_model)))

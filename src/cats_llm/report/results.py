@@ -1,19 +1,15 @@
 """Result files of `cats eval` as typed values. Reading is strict in what the report needs and blind to the rest."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.formats import EVALUATION, EVALUATION_VERSION
 from cats_llm.report.labels import short_name
 from cats_llm.report.typed_json import WrongValueError, from_json
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
 DENSE = "dense"
 _FACTS = ("model", "architecture", "dtype", "device", "created")
@@ -152,24 +148,6 @@ class EvalResult:
         return [variant for variant in self.variants if variant.name != DENSE]
 
 
-@dataclass(frozen=True)
-class _File:
-    """The members of a result file."""
-
-    version: int
-    model: str
-    variants: list[EvalVariant]
-    tasks: list[EvalTask]
-    results: list[EvalRow]
-    versions: dict[str, str] = field(default_factory=dict)
-    architecture: str = ""
-    dtype: str = ""
-    device: str = ""
-    created: str = ""
-    command: str = ""
-    continuations: dict[str, dict[str, str]] = field(default_factory=dict)
-
-
 def is_eval(values: Any) -> bool:
     """Whether this JSON says of itself that it is a result of `cats eval`."""
     return isinstance(values, dict) and values.get("format") == EVALUATION
@@ -185,43 +163,50 @@ def read_eval(values: Mapping[str, Any], path: Path) -> EvalResult:
     Raises:
         CatsError: the file is of a newer version or damaged.
     """
+
+    def member(kind: Any, name: str, default: Any = MISSING) -> Any:
+        value = values.get(name, MISSING)
+        return default if default is not MISSING and value in (None, MISSING) else from_json(kind, value, name)
+
     try:
-        version = from_json(int, values.get("version"), "version")
-        if version > EVALUATION_VERSION:
-            raise CatsError(f"{path} is an evaluation result of version {version}; upgrade cats-llm to read it.")
-        file: _File = from_json(_File, values)
-        _check(file, values)
+        if member(int, "version") > EVALUATION_VERSION:
+            raise CatsError(
+                f"{path} is an evaluation result of version {values['version']}; upgrade cats-llm to read it."
+            )
+        model, command = member(str, "model"), member(str, "command", "")
+        result = EvalResult(
+            label=short_name(model),
+            model=model,
+            facts={name: text for name in _FACTS if (text := member(str, name, ""))},
+            versions=member(dict[str, str], "versions", {}),
+            commands=[command] if command else [],
+            variants=member(list[EvalVariant], "variants"),
+            tasks=member(list[EvalTask], "tasks"),
+            rows=member(list[EvalRow], "results"),
+            continuations=member(dict[str, dict[str, str]], "continuations", {}),
+        )
+        _check(result, values)
     except WrongValueError as error:
         raise CatsError(f"{path} is a damaged evaluation result: {error}; run cats eval again.") from error
-    return EvalResult(
-        label=short_name(file.model),
-        model=file.model,
-        facts={name: text for name in _FACTS if (text := getattr(file, name))},
-        versions=file.versions,
-        commands=[file.command] if file.command else [],
-        variants=file.variants,
-        tasks=file.tasks,
-        rows=file.results,
-        continuations=file.continuations,
-    )
+    return result
 
 
-def _check(file: _File, values: Mapping[str, Any]) -> None:
+def _check(result: EvalResult, values: Mapping[str, Any]) -> None:
     """What belongs together does.
 
     Raises:
         WrongValueError: it does not.
     """
-    names = {"variants": [v.name for v in file.variants], "tasks": [t.name for t in file.tasks]}
+    names = {"variants": [v.name for v in result.variants], "tasks": [t.name for t in result.tasks]}
     for member, of_member in names.items():
         if len(set(of_member)) < len(of_member):
             raise WrongValueError(member, values[member], "names that differ")
-    for i, row in enumerate(file.results):
+    for i, row in enumerate(result.rows):
         if row.variant not in names["variants"] or row.task not in names["tasks"]:
             raise WrongValueError(f"results[{i}]", values["results"][i], "of a variant and task that the file lists")
         if row.difference is not None and not row.difference.low <= row.difference.high:
             raise WrongValueError(f"results[{i}].difference.low", row.difference.low, "a number not above high")
-    if len({row.key for row in file.results}) < len(file.results):
+    if len({row.key for row in result.rows}) < len(result.rows):
         raise WrongValueError("results", values["results"], "one row a variant, task and metric")
 
 

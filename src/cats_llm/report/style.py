@@ -4,12 +4,13 @@ Figures exist in two layouts, wide for a desk and narrow for a phone, with text 
 is not touched.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cats_llm.number_format import known, number
 from cats_llm.report.labels import label
@@ -17,19 +18,13 @@ from cats_llm.report.optional_dependency import MissingExtraError
 
 try:
     from matplotlib import colormaps, rc_context, rcParamsDefault
+    from matplotlib.axes import Axes
     from matplotlib.colors import to_hex
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 except ImportError as error:
     raise MissingExtraError from error
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from contextlib import AbstractContextManager
-
-    from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
 INK = "#1f2937"
 MUTED = "#6b7280"

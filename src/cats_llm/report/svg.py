@@ -1,16 +1,10 @@
 """A matplotlib Figure as SVG that can stand inside an HTML page beside others."""
 
-from __future__ import annotations
-
 import io
 import re
-from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from cats_llm.report.style import style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from cats_llm.report.style import Figure, style
 
 _REFERENCE = re.compile(r"url\(#([^)]*)\)")
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")

@@ -1,22 +1,17 @@
 """The tables of a report, for the page and as Markdown to paste."""
 
-from __future__ import annotations
-
 import math
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from cats_llm.number_format import MISSING, change, number, percent
 from cats_llm.report.bench import Bench, differ, facts, time_unit
-from cats_llm.report.deltas import Delta, Measure, deltas, main_measures, measures
+from cats_llm.report.deltas import deltas, main_measures, measures
+from cats_llm.report.inputs import ReportInputs
 from cats_llm.report.labels import clean
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from cats_llm.report.inputs import ReportInputs
-    from cats_llm.report.results import EvalResult
-    from cats_llm.report.training import TrainingRun
+from cats_llm.report.results import EvalResult
+from cats_llm.report.training import TrainingRun
 
 _TRAINING = (
     "setting",
@@ -31,21 +26,6 @@ _TRAINING = (
 _NUMBERS = ("measure", "model", "value", "change to dense", "95 % interval", "p", "gate", "FFN", "model sparsity")
 
 
-class ResultTable(NamedTuple):
-    """A model's tables.
-
-    Attributes:
-        main: what the short table has.
-        lines: of the short table: a variant's deltas, None where a measure is missing; one at least is there.
-        all: all measures with all variants.
-    """
-
-    label: str
-    main: list[Measure]
-    lines: list[list[Delta | None]]
-    all: list[tuple[Measure, list[Delta]]]
-
-
 class TextTable(NamedTuple):
     """A table whose cells are text; the first column names the row."""
 
@@ -54,13 +34,18 @@ class TextTable(NamedTuple):
     rows: list[list[str]]
 
 
-def result_table(result: EvalResult) -> ResultTable:
-    """The tables of a model."""
+def result_table(result: EvalResult) -> dict[str, Any]:
+    """The tables of a model, as the page shows them.
+
+    Returns:
+        ``main``: the measures of the short table; ``lines``: its lines, a variant's deltas with None where a measure is
+        missing, but one at least is there; ``all``: all measures with the deltas of all variants.
+    """
     main = main_measures(result)
     by_variant = [{delta.variant.name: delta for delta in deltas(result, measure)} for measure in main]
     lines = [[by_name.get(variant.name) for by_name in by_variant] for variant in result.variants]
     every = [(measure, deltas(result, measure)) for measure in measures(result)]
-    return ResultTable(result.label, main, [line for line in lines if any(line)], every)
+    return {"label": result.label, "main": main, "lines": [line for line in lines if any(line)], "all": every}
 
 
 def training_table(runs: Sequence[TrainingRun]) -> TextTable:

@@ -1,30 +1,22 @@
 """Figures of calibration: how gate activations are distributed, and where thresholds cut."""
 
-from __future__ import annotations
-
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cats_llm.calibration.distribution import MagnitudeDistribution
 from cats_llm.number_format import number, percent
 from cats_llm.report import style
+from cats_llm.report.inputs import CalibratedModel
 from cats_llm.report.labels import short_name
 from cats_llm.report.page_figure import PageFigure, numbered
+from cats_llm.report.results import EvalResult
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-
-    from cats_llm.calibration.distribution import MagnitudeDistribution
-    from cats_llm.report.inputs import CalibratedModel
-    from cats_llm.report.results import EvalResult
-
-    Distributions = Mapping[int, MagnitudeDistribution]  # by layer
-    Thresholds = Mapping[str, Mapping[int, float]]  # by variant and layer
+Distributions = Mapping[int, MagnitudeDistribution]  # by layer
+Thresholds = Mapping[str, Mapping[int, float]]  # by variant and layer
 
 _FILL = "#cbd5e1"
 _BINS = 80
@@ -87,7 +79,7 @@ def shown_layers(distributions: Distributions) -> list[int]:
     return [layers[round(i)] for i in np.linspace(0, len(layers) - 1, style.MAX_PANELS)]
 
 
-def histograms(distributions: Distributions, thresholds: Thresholds, wide: bool = True) -> Figure:
+def histograms(distributions: Distributions, thresholds: Thresholds, wide: bool = True) -> style.Figure:
     """How |act(gate)| is distributed in each layer, and where the thresholds cut."""
     layers = shown_layers(distributions)
     shown = [distributions[layer] for layer in layers]
@@ -118,16 +110,14 @@ def histograms(distributions: Distributions, thresholds: Thresholds, wide: bool 
             if zeros == 1:
                 style.say(axes, "all zero")
             elif zeros >= 1e-3:
-                axes.text(
-                    0.03, 0.95, f"{percent(zeros, 1)} zero", transform=axes.transAxes, va="top", color=style.MUTED
-                )
+                style.note(axes, f"{percent(zeros, 1)} zero")
         figure.supxlabel("|act(gate)|, logarithmic", fontsize=9)
         figure.supylabel("% of activations per decade", fontsize=9)
         style.legend(figure, {name: look.dashed for name, look in looks.items()})
         return figure
 
 
-def thresholds_by_layer(thresholds: Thresholds, wide: bool = True) -> Figure:
+def thresholds_by_layer(thresholds: Thresholds, wide: bool = True) -> style.Figure:
     """The threshold of each layer, one line a variant."""
     looks = style.looks(list(thresholds))
     with style.style():

@@ -1,9 +1,9 @@
 """Fine-tuning logs: reading them, quality and sparsity against steps, and what they say."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cats_llm.errors import CatsError
@@ -13,9 +13,6 @@ from cats_llm.report.labels import label, short_name
 from cats_llm.report.page_figure import PageFigure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from matplotlib.figure import Figure
 
 
@@ -102,7 +99,7 @@ def figures(runs: Sequence[TrainingRun]) -> list[PageFigure]:
     return [PageFigure("training", "Fine-tuning", [caption], partial(curves, runs))] if runs else []
 
 
-def curves(runs: Sequence[TrainingRun], wide: bool = True) -> Figure:
+def curves(runs: Sequence[TrainingRun], wide: bool = True) -> "Figure":
     """Held-out perplexity, and below it gate sparsity, against optimizer steps: a column a group, a line a run."""
     # here, so that logs can be read without matplotlib
     from cats_llm.report import style

@@ -1,17 +1,13 @@
 """JSON as dataclasses. What is not of the type that a member declares is an error that names its place."""
 
-from __future__ import annotations
-
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cats_llm.errors import CatsError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _EXPECTED = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
