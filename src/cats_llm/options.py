@@ -158,22 +158,22 @@ def option_fields(config: type) -> dict[str, OptionField]:
     fields: dict[str, OptionField] = {}
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
-        found: dict[str, OptionField] = {}
+        inner: dict[str, OptionField] = {}
         if _KEY in field.metadata:
             kind, several = _value_type(hints[field.name])
             about: Option = field.metadata[_KEY]
             about = dataclasses.replace(about, panel=about.panel or getattr(config, "panel", None))
-            found = {field.name: OptionField(field.name, kind, several, field.default, about)}
+            inner = {field.name: OptionField(field.name, kind, several, field.default, about)}
         elif dataclasses.is_dataclass(hints[field.name]):
             inside = option_fields(hints[field.name])
             given = values_of(field.default) if field.default is not MISSING else {}
-            found = {
+            inner = {
                 name: dataclasses.replace(part, default=given.get(name, part.default)) for name, part in inside.items()
             }
-        twice = fields.keys() & found.keys()
+        twice = fields.keys() & inner.keys()
         if twice:
             raise TypeError(f"{config.__name__} has two options named {', '.join(sorted(twice))}")
-        fields |= found
+        fields |= inner
     return fields
 
 
