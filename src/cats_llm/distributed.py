@@ -62,7 +62,11 @@ def gather(value: Any) -> list[Any]:
 
 def broadcast(value: Any) -> Any:
     """Rank 0's value, in every process."""
-    return gather(value)[0]
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:

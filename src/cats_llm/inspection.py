@@ -9,7 +9,7 @@ from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.evaluation.sparsity import measure_sparsity
 from cats_llm.integrations.transformers import load_vectors
 from cats_llm.loading import ModelSource
-from cats_llm.model.structure import activation_name, find_gated_mlps
+from cats_llm.model.structure import activation_name, find_gated_mlps, quantization_of
 from cats_llm.model.weight_traffic import bytes_per_token, sparsity_of
 from cats_llm.options import Panel, option
 from cats_llm.progress import Track, untracked
@@ -46,7 +46,7 @@ def inspect_model(inspection: InspectConfig, *, track: Track = untracked) -> dic
     """
     source = inspection.source
     skeleton = source.skeleton()
-    stored = getattr(skeleton.config, "quantization_config", None)
+    stored, _ = quantization_of(skeleton)
     config = None
     if stored is not None:
         config = stored if isinstance(stored, CatsConfig) else CatsConfig.from_dict(dict(stored))

@@ -1,20 +1,21 @@
 """Numbers as people read them, the same on the command line and in reports; None and what is not finite are a dash."""
 
 import math
+from typing import TypeGuard
 
 MISSING = "–"
 Z95 = 1.959963984540054
 """Half of a normal distribution's 95 % interval, in standard errors."""
 
 
-def known(value: float | None) -> bool:
+def known(value: float | None) -> TypeGuard[float]:
     """Whether there is a number to show."""
     return value is not None and math.isfinite(value)
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """So many significant digits, never an exponent that must be decoded."""
-    if value is None or not math.isfinite(value):
+    if not known(value):
         return MISSING
     if value == 0:
         return "0"
@@ -28,12 +29,12 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def fixed(value: float | None, decimals: int = 4) -> str:
     """So many decimals, for columns."""
-    return MISSING if value is None or not math.isfinite(value) else _minus(f"{value:.{decimals}f}")
+    return _minus(f"{value:.{decimals}f}") if known(value) else MISSING
 
 
 def percent(value: float | None, decimals: int = 2) -> str:
     """A measured share: so many decimals, and more only where they would read as none or as all."""
-    if value is None or not math.isfinite(value):
+    if not known(value):
         return MISSING
     points = value * 100
     if value in (0, 1):
@@ -45,7 +46,7 @@ def percent(value: float | None, decimals: int = 2) -> str:
 
 def target(value: float | None) -> str:
     """A share that was asked for: as many digits as it was asked with."""
-    return MISSING if value is None or not math.isfinite(value) else _minus(f"{value * 100:.6g} %")
+    return _minus(f"{value * 100:.6g} %") if known(value) else MISSING
 
 
 def signed(value: float, decimals: int | None = None) -> str:
@@ -55,7 +56,7 @@ def signed(value: float, decimals: int | None = None) -> str:
 
 def change(value: float | None, base: float | None) -> str:
     """By how much a value differs from a base, in percent of it; as a factor where that is clearer."""
-    if value is None or base is None or not math.isfinite(value) or not math.isfinite(base) or base <= 0:
+    if not known(value) or not known(base) or base <= 0:
         return MISSING
     ratio = value / base
     if ratio >= 10:

@@ -49,7 +49,7 @@ def bench_mlp(config: MLPBench, track: Track = untracked, working_set: int | Non
     title = f"one MLP of {shape.name} ({shape.hidden_size} x {shape.intermediate_size}), "
     rows: list[dict[str, Any]] = []
     if config.device == "cpu":
-        _check_cpu_kernels()
+        check_cpu_kernels()
         for threads, tokens in track(config.cpu_settings, "measuring", len(config.cpu_settings)):
             with _thread_count(threads):
                 rows += bench_cpu_mlp(config, tokens, working_set)
@@ -83,7 +83,7 @@ def bench_decode(
         CatsError: the CPU kernels are not built, or the model or profile cannot be loaded.
     """
     if config.device == "cpu":
-        _check_cpu_kernels()
+        check_cpu_kernels()
     model, name = (model, str(config.model)) if model is not None else config.load()
     if profile is None and config.profile is not None:
         profile = Profile.load(config.profile)
@@ -111,7 +111,12 @@ def bench_decode(
     return BenchResult(f"{name}, {config.dtype}, {cuda.title(config.device, memory)}", record, shown)
 
 
-def _check_cpu_kernels() -> None:
+def check_cpu_kernels() -> None:
+    """Refuse to measure what is not there.
+
+    Raises:
+        CatsError: the CPU kernels are not built.
+    """
     if not cpu.BACKEND.available():
         raise CatsError("the CPU kernels are not built here; install cats-llm with a C++ compiler at hand.")
 

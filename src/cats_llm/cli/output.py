@@ -98,12 +98,12 @@ def _duration(seconds: float) -> str:
 
 def table(*columns: str, rows: Iterable[Iterable[str]] = ()) -> Table:
     """A table with the first column to the left and the others, numbers, to the right."""
-    made = Table(header_style="bold")
+    shown = Table(header_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        shown.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row)
-    return made
+        shown.add_row(*row)
+    return shown
 
 
 def show_left_out(left_out: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cats_llm import bundled, formats
 from cats_llm.benchmark import machine
-from cats_llm.benchmark.bench import bench_decode, bench_mlp
+from cats_llm.benchmark.bench import bench_decode, bench_mlp, check_cpu_kernels
 from cats_llm.benchmark.config import DecodeBench, MLPBench
 from cats_llm.calibration.calibrate import calibrate
 from cats_llm.calibration.profile import Profile
@@ -22,7 +22,6 @@ from cats_llm.evaluation.methods import method
 from cats_llm.evaluation.run import Progress, run_evaluation
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.evaluation.variants import make_variants
-from cats_llm.kernels import cpu
 from cats_llm.loading import ModelSource
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.outputs import check_output, write_json
@@ -119,8 +118,8 @@ def reproduce(
     if config.out is not None and not (config.resume and (config.out / _RECIPE_FILE).is_file()):
         check_output(config.out, force)
     check(recipe)
-    if isinstance(recipe.plan, BenchPlan) and not cpu.available():
-        raise CatsError("the CPU kernels are not built here; install cats-llm with a C++ compiler at hand.")
+    if isinstance(recipe.plan, BenchPlan):
+        check_cpu_kernels()
     run, here = recipe, config
     if config.smoke:
         run = _smoked(recipe)

@@ -115,7 +115,7 @@ def _series(result: EvalResult, measure: Measure, of_weights: bool, alone: bool)
         x = 0.0 if variant.name == DENSE else row.sparsity.model if of_weights else row.sparsity.gate
         if x is None and not of_weights:
             x = variant.sparsity
-        if x is None or row.value is None or not known(row.value):
+        if x is None or not known(row.value):
             continue
         method = f"{variant.method}, {variant.tokens}" if variant.tokens else variant.method
         points = dense if variant.name == DENSE else by_method.setdefault(method, [])

@@ -118,7 +118,7 @@ def curves(runs: Sequence[TrainingRun], wide: bool = True) -> "Figure":
         for axes, ((title, member, scale), group) in zip(panels, order, strict=True):
             heights = []
             for run in (run for run in runs if run.group == group):
-                points = [(p.step, v) for p in run.points if (v := getattr(p, member)) is not None and known(v)]
+                points = [(p.step, v) for p in run.points if known(v := getattr(p, member))]
                 values = [min(scale * value, style.HIGHEST) for _, value in points]
                 axes.plot([step for step, _ in points], values, **looks[run.name].marked, markersize=3.5)
                 heights += values
@@ -132,7 +132,7 @@ def curves(runs: Sequence[TrainingRun], wide: bool = True) -> "Figure":
 def finding(runs: Sequence[TrainingRun]) -> str:
     """The run that ends best among the sparse ones, in a sentence."""
     sparse = [(run.points[-1].perplexity, run) for run in runs if run.points[-1].gate is not None]
-    ended = [(value, run) for value, run in sparse if value is not None and known(value)]
+    ended = [(value, run) for value, run in sparse if known(value)]
     if not ended:
         return "None of the fine-tuned models of these files is sparse and of finite perplexity."
     value, run = min(ended, key=lambda item: item[0])

@@ -11,13 +11,13 @@ from cats_llm.errors import CatsError
 from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.relufy import relu_config, relufy
 from cats_llm.model.sparsify import densify, set_config, sparse_mlps, sparsify
-from cats_llm.model.structure import unwrap
+from cats_llm.model.structure import quantization_of
 from cats_llm.training.data import Data
 
 
 def thresholds_config(model: Any) -> CatsConfig | None:
     """What a model's config says of its thresholds; None for a dense one."""
-    config = getattr(unwrap(model).config, "quantization_config", None)
+    config, _ = quantization_of(model)
     return config if isinstance(config, CatsConfig) else None
 
 
