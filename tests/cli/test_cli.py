@@ -413,7 +413,7 @@ class TestErrors:
         fails(1, "'magic' is no method", "eval", good, "--text", HELDOUT, "--method", "magic", *SMALL)
         fails(1, "magic_task is no task", "eval", good, "--tasks", "magic_task")
         fails(1, "no folder nope", "eval", good, "--tasks", "piqa", "--data-dir", "nope")
-        fails(2, "no meaning", "eval", good, "--text", HELDOUT, "--dense-prefill", "--last-fraction", 0.5)
+        fails(1, "no meaning", "eval", good, "--text", HELDOUT, "--dense-prefill", "--last-fraction", 0.5)
         fails(1, "a stride of 200", "eval", good, "--text", HELDOUT, *SMALL, "--stride", 200)
 
     def test_damaged_files(self, fails, good, good_profile, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from cats_llm.benchmark.models import SHAPES, parse_shape, random_model
 from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.dtypes import DTYPE_NAMES, DTYPES
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, UsageError
 from cats_llm.kernels.backend import MAX_DECODE_TOKENS
 from cats_llm.loading import load_model, load_skeleton, parse_device
 from cats_llm.model.sparsify import densify
@@ -73,7 +73,7 @@ class _Timed(_Workload):
 
     def __post_init__(self) -> None:
         if self.device != "cpu" and self.threads is not None:
-            raise CatsError("--threads is for the CPU.")
+            raise UsageError("--threads is for the CPU.")
 
     @property
     def cpu_settings(self) -> list[tuple[int, int]]:
@@ -130,7 +130,7 @@ class TuneConfig(_Workload):
     def __post_init__(self) -> None:
         _check_model_or_shape(self.model, self.shape)
         if max(self.batches) > MAX_DECODE_TOKENS:
-            raise CatsError(f"--batch goes up to {MAX_DECODE_TOKENS}; more tokens than that use dense products.")
+            raise UsageError(f"--batch goes up to {MAX_DECODE_TOKENS}; more tokens than that use dense products.")
 
     def sizes(self) -> list[tuple[int, int]]:
         """Hidden and intermediate size of each different MLP."""
@@ -143,4 +143,4 @@ class TuneConfig(_Workload):
 
 def _check_model_or_shape(model: str | None, shape: str | None) -> None:
     if (model is None) == (shape is None):
-        raise CatsError("pass either MODEL or --shape.")
+        raise UsageError("pass either MODEL or --shape.")

@@ -9,7 +9,7 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.tensors import check_tensors
 from cats_llm.checkpoint.write import Written, check_source, write_checkpoint
-from cats_llm.errors import CatsError
+from cats_llm.errors import UsageError
 from cats_llm.loading import ModelSource
 from cats_llm.model.architecture import check_reads_text
 from cats_llm.model.structure import find_gated_mlps
@@ -38,7 +38,7 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         if (self.profile is None) == (self.data is None):
-            raise CatsError("pass either --profile, or --data to calibrate on.")
+            raise UsageError("pass either --profile, or --data to calibrate on.")
 
 
 @dataclass(frozen=True)

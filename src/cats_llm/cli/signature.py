@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, UsageError
 from cats_llm.options import OptionField, build, option_fields
 
 
@@ -57,7 +57,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         for name, (config, fields) in configs.items():
             try:
                 arguments[name] = build(config, {n: _of_typer(values.pop(n), field) for n, field in fields.items()})
-            except CatsError as error:
+            except UsageError as error:
                 raise typer.BadParameter(str(error)) from error
         command(**arguments, **values)
 

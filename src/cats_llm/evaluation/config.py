@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.checkpoint.token_policy import TokenPolicy
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, UsageError
 from cats_llm.evaluation.methods import METHODS
 from cats_llm.evaluation.task import TaskOptions
 from cats_llm.evaluation.tasks import TASK_SETS
@@ -84,9 +84,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if not self.text and not self.tasks:
-            raise CatsError("there is nothing to measure: pass --text, --tasks or both.")
+            raise UsageError("there is nothing to measure: pass --text, --tasks or both.")
         if self.profile is not None and self.calibration is not None:
-            raise CatsError("pass either --profile or --calibration, not both.")
+            raise UsageError("pass either --profile or --calibration, not both.")
 
     def check_held_out(self, calibration: str | None) -> None:
         """Refuse to report results on the text that thresholds were chosen on.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cats_llm.checkpoint.config import parse_sparsity
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, UsageError
 from cats_llm.loading import ModelSource
 from cats_llm.options import Panel, option
 from cats_llm.text import RowFormat
@@ -58,7 +58,6 @@ class TrainingConfig:
 
     method: str = option(
         "cats",
-        choices=TUNING_METHODS,
         help="cats, relu (ReLU in place of the activation) or dense (training as usual).",
         panel=Panel.SPARSITY,
     )
@@ -67,7 +66,7 @@ class TrainingConfig:
     )
     epochs: float | None = option(None, minimum=0, help="Passes over the data.", default_text="1 on instructions")
     learning_rate: float = option(1e-5, flags=("--learning-rate", "--lr"), minimum=0, help="Of AdamW.")
-    schedule: str = option("constant", choices=SCHEDULES, help="Of the learning rate: constant, linear or cosine.")
+    schedule: str = option("constant", help="Of the learning rate: constant, linear or cosine.")
     warmup_steps: int = option(0, minimum=0, help="Steps until the full learning rate.")
     weight_decay: float = option(0.01, minimum=0, help="Of AdamW.")
     max_grad_norm: float = option(1.0, minimum=0, help="Clip the gradient; 0: never.")
@@ -166,13 +165,13 @@ class FinetuneConfig:
         method = self.training.method
         thresholds_given = any(value is not None for value in (self.sparsity, self.profile, self.reading.calibration))
         if self.training.steps is not None and self.training.epochs is not None:
-            raise CatsError("pass --steps or --epochs, not both.")
+            raise UsageError("pass --steps or --epochs, not both.")
         if self.profile is not None and self.reading.calibration is not None:
-            raise CatsError("pass --profile or --calibration, not both.")
+            raise UsageError("pass --profile or --calibration, not both.")
         if method != "cats" and thresholds_given:
-            raise CatsError(f"--sparsity, --profile and --calibration have no meaning for the method {method}.")
+            raise UsageError(f"--sparsity, --profile and --calibration have no meaning for the method {method}.")
         if self.sparsity is None and self.profile is not None:
-            raise CatsError("--profile gives thresholds only together with --sparsity.")
+            raise UsageError("--profile gives thresholds only together with --sparsity.")
 
     @property
     def work(self) -> Path:

@@ -10,7 +10,7 @@ from cats_llm.calibration.criteria.distill import Distillation
 from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.checkpoint.token_policy import TokenPolicy
-from cats_llm.errors import CatsError
+from cats_llm.errors import CatsError, UsageError
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.model.weight_traffic import bytes_per_token
 from cats_llm.options import Panel, option
@@ -84,11 +84,11 @@ class SparsityTarget:
     def __post_init__(self) -> None:
         measures = (self.sparsity, self.bytes_per_token, self.max_perplexity_increase)
         if sum(measure is not None for measure in measures) != 1:
-            raise CatsError("pass one of --sparsity, --bytes-per-token and --max-perplexity-increase.")
+            raise UsageError("pass one of --sparsity, --bytes-per-token and --max-perplexity-increase.")
         if self.criterion != AUTO:
             Criterion.parse(self.criterion)
         elif self.max_perplexity_increase is not None:
-            raise CatsError(
+            raise UsageError(
                 f"--criterion {AUTO} compares criteria at one sparsity; pass --sparsity or --bytes-per-token with it, "
                 "or name a criterion."
             )
