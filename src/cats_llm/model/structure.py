@@ -243,6 +243,19 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter of a module want a gradient while the context lasts."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
 # some channels of real inputs are a hundred times larger than the others
 _SCALES = (1.0, 100.0)
 _CHECKED_TOKENS = 8

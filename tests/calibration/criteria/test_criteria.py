@@ -12,6 +12,7 @@ import torch
 import cats_llm
 import families
 import vectors
+from cats_llm.calibration.batches import CalibrationText
 from cats_llm.calibration.criteria.allocation import least_cost
 from cats_llm.calibration.criteria.criterion import CANDIDATES, PARTS, Criterion
 from cats_llm.calibration.criteria.distill import Distillation
@@ -19,7 +20,7 @@ from cats_llm.calibration.criteria.divergence import log_perplexity, logits_of, 
 from cats_llm.calibration.criteria.fit import fit
 from cats_llm.calibration.criteria.scores import SCORES
 from cats_llm.calibration.criteria.search import find_config, split
-from cats_llm.calibration.criteria.statistics import BINS, LayerStatistics
+from cats_llm.calibration.criteria.statistics import BINS, LayerStatistics, statistics_of
 from cats_llm.calibration.criteria.target import AUTO, SparsityTarget, sparsity_for_bytes
 from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
@@ -50,17 +51,22 @@ def sample():
     return a, u
 
 
+def gradients(a, u):
+    """The gradient by h that these tests take: other neurons and other tokens matter than those that are large."""
+    return (2 - a.tanh()) * torch.linspace(0.1, 2, F_, dtype=a.dtype) / (1 + u.abs())
+
+
 def counted(mlp, a, u, parts=1):
-    statistics = LayerStatistics(mlp)
+    statistics = LayerStatistics(mlp, gradients=True)
     for a_part, u_part in zip(a.chunk(parts), u.chunk(parts), strict=True):
-        statistics.add(a_part, u_part)
+        statistics.add(a_part, u_part, gradients(a_part, u_part))
     return statistics
 
 
-def dropped_cost(a, u, norm, thresholds):
-    """Squared error of the output with independent neurons and compensated means, in float64, from the definition."""
+def dropped_cost(a, u, weight, thresholds):
+    """Weighted squared error of h with independent neurons and compensated means, in float64, from the definition."""
     h = torch.where(a.abs() < thresholds, a * u, torch.zeros_like(a)).double()
-    return float(((h - h.mean(0)).square().sum(0) * norm.square()).sum())
+    return float(((h - h.mean(0)).square() * weight).sum())
 
 
 # --- statistics ---
@@ -80,6 +86,11 @@ def test_statistics_are_sums_over_tokens(mlp, sample):
         inside = (a[:, neuron].abs() >= edges[b]) & (a[:, neuron].abs() < edges[b + 1])
         assert int(s.counts[neuron, b]) == int(inside.sum()), (neuron, b)
         torch.testing.assert_close(s.hidden[neuron, b], (a * u)[inside, neuron].sum())
+        squared = gradients(*sample)[inside, neuron].double().square()
+        h = (a * u)[inside, neuron]
+        torch.testing.assert_close(s.sensitivity[neuron, b], squared.sum())
+        torch.testing.assert_close(s.sensitivity_hidden[neuron, b], (squared * h).sum())
+        torch.testing.assert_close(s.sensitivity_hidden_squared[neuron, b], (squared * h.square()).sum())
 
 
 def test_statistics_do_not_depend_on_the_split_and_merge(mlp, sample):
@@ -142,20 +153,21 @@ def test_scores_by_their_formulas(mlp, sample):
 
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.8])
-def test_moment_costs_less_than_any_other_score(mlp, sample, k):
+@pytest.mark.parametrize("best", ["moment", "fisher"])
+def test_a_score_of_least_error_costs_less_than_any_other(mlp, sample, best, k):
     a, u = sample
     s = counted(mlp, a, u)
-    norm = s.down_norm
+    weight = s.down_norm.square() if best == "moment" else gradients(a.double(), u.double()).square()
 
     def cost(score):
         weights = score(s, k).double()
         # exactly the same number of dropped activations for all
         order = (a.abs().double() * weights).flatten().sort().values
-        return dropped_cost(a.double(), u.double(), norm, float(order[int(k * a.numel())]) / weights)
+        return dropped_cost(a.double(), u.double(), weight, float(order[int(k * a.numel())]) / weights)
 
     costs = {name: cost(score) for name, score in SCORES.items()}
-    assert min(costs, key=costs.get) == "moment", costs
-    assert costs["moment"] < 0.97 * costs["cats"]
+    assert min(costs, key=costs.get) == best, costs
+    assert costs[best] < 0.97 * costs["cats"]
 
 
 def test_moment_drops_first_what_a_constant_replaces(mlp):
@@ -181,6 +193,49 @@ def test_scores_of_dead_neurons_are_finite(mlp, score):
         assert bool((weights > 0).all())
 
 
+# --- gradients ---
+
+
+def labels_by_hand(logits, ids):
+    """Labels drawn from the predictions by inverting their distribution at one uniform number a token."""
+    labels = []
+    for row, tokens in zip(logits.double().softmax(-1), ids, strict=True):
+        uniform = torch.rand(len(tokens), generator=torch.Generator().manual_seed(int(tokens.sum())))
+        labels.append([int((p.cumsum(0) < x).sum()) for p, x in zip(row, uniform, strict=True)])
+    return torch.tensor(labels)
+
+
+def test_gradients_are_those_of_drawn_labels(split_or_fused):
+    """Against autograd through the plain model, by the h that down_proj receives."""
+    case, ids = split_or_fused, TEXT[0]
+    kept, model = {}, case.dense_copy()
+    mlps = find_gated_mlps(model)
+    for mlp in mlps:
+        # kept tensors are part of the graph, so autograd can be asked for their gradients
+        mlp.down_linear.register_forward_pre_hook(lambda _, args, layer=mlp.layer: kept.update({layer: args[0]}))
+    logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels_by_hand(logits.detach(), ids).flatten(), reduction="sum"
+    )
+    expected = dict(zip(kept, torch.autograd.grad(loss, list(kept.values())), strict=True))
+    plain = case.dense_copy()
+    found = statistics_of(plain, find_gated_mlps(plain), CalibrationText([{"input_ids": ids}], TokenPolicy()), True)
+    for layer, gradient in expected.items():
+        squared, h = gradient.double().square().flatten(0, 1), kept[layer].detach().double().flatten(0, 1)
+        s = found[layer]
+        sums = (s.sensitivity, s.sensitivity_hidden, s.sensitivity_hidden_squared)
+        for power, mine in enumerate(sums):
+            wanted = (squared * h**power).sum(0)
+            torch.testing.assert_close(mine.sum(1), wanted, rtol=1e-3, atol=1e-9, msg=f"layer {layer}, h^{power}")
+        torch.testing.assert_close(s.hidden.sum(1), h.sum(0), rtol=1e-4, atol=1e-5)
+    assert not any(p.grad is not None for p in plain.parameters())
+
+
+def test_fisher_needs_predictions(llama):
+    with pytest.raises(CatsError, match="the criterion fisher"):
+        fit(llama.dense_copy().model, TEXT, 0.5, Criterion.parse("fisher"))
+
+
 # --- the name of a criterion ---
 
 
@@ -202,7 +257,7 @@ def test_a_criterion_is_its_name():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wanda", "'wanda' is no score; choose from cats, chess, norm, moment"),
+        ("wanda", "'wanda' is no score; choose from cats, chess, norm, moment, fisher"),
         ("cats+bias", "'bias' in the criterion 'cats\\+bias' is no part"),
         ("", "'' is no score"),
         ("cats+", "'' in the criterion"),
@@ -247,7 +302,10 @@ def gate_and_up(mlp, x, fused):
     return mlp.gate_proj(x), mlp.up_proj(x)
 
 
-@pytest.mark.parametrize("criterion", ["cats+sequential", "norm+compensate+sequential", FULL, "chess+compensate"])
+@pytest.mark.parametrize(
+    "criterion",
+    ["cats+sequential", "norm+compensate+sequential", FULL, "fisher+compensate+sequential", "chess+compensate"],
+)
 def test_sparsity_and_compensation_are_those_of_the_calibration_text(split_or_fused, criterion):
     case, ids = split_or_fused, torch.cat(TEXT)
     config = fit(case.dense_copy(), TEXT, 0.6, Criterion.parse(criterion))
@@ -284,7 +342,7 @@ def test_every_family_is_fitted_and_answers_as_the_reference(case):
     )
 
 
-@pytest.mark.parametrize("criterion", ["cats+compensate", "moment+sequential+allocate+distill"])
+@pytest.mark.parametrize("criterion", ["cats+compensate", "fisher+sequential+allocate+distill"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_model_is_left_as_it_was(llama, criterion, sparse):
     model = llama.sparse() if sparse else llama.dense_copy()
@@ -377,7 +435,7 @@ def test_first_tokens_that_stay_dense_are_left_out(llama):
 
 
 def test_sparsity_zero_keeps_everything(llama):
-    for name in ("cats+compensate", "moment+sequential+allocate+distill"):
+    for name in ("cats+compensate", "fisher+sequential+allocate+distill"):
         config = fit(llama.dense_copy(), TEXT, 0.0, Criterion.parse(name))
         model = cats_llm.sparsify(llama.dense_copy(), config)
         torch.testing.assert_close(families.logits(model, llama.ids), llama.dense_logits)
@@ -598,7 +656,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_fit_what_one_does(llama, tmp_path):
-    names = [FULL, "moment+sequential+allocate+distill"]
+    names = [FULL, "fisher+sequential+allocate+distill"]
     (tmp_path / "script.py").write_text(PROCESSES)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),

@@ -14,7 +14,7 @@ from cats_llm.calibration.batches import CalibrationText
 from cats_llm.calibration.criteria.criterion import Criterion
 from cats_llm.calibration.criteria.divergence import logits_of, mean_divergence
 from cats_llm.calibration.criteria.scores import SCORES
-from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, statistics_of
+from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight
 from cats_llm.model.sparsify import sparse_mlps
 from cats_llm.model.structure import GatedMLP
 
@@ -32,6 +32,7 @@ def allocate(
     text: CalibrationText,
     criterion: Criterion,
     sparsity: float,
+    statistics: Mapping[int, LayerStatistics],
 ) -> dict[int, float]:
     """The sparsity of every layer.
 
@@ -41,19 +42,25 @@ def allocate(
         text: calibration text.
         criterion: by which each layer will be thresholded.
         sparsity: the average, weighted by the sizes of the MLPs.
+        statistics: of the dense model, see `statistics_of`.
     """
-    costs = layer_costs(model, mlps, text, criterion)
+    costs = layer_costs(model, mlps, text, criterion, statistics)
     sizes = [mlp.hidden_size * mlp.intermediate_size for mlp in mlps]
     shares = least_cost([GRID] * len(mlps), costs.tolist(), sizes, sparsity)
     return {mlp.layer: share for mlp, share in zip(mlps, shares, strict=True)}
 
 
-def layer_costs(model: nn.Module, mlps: Sequence[GatedMLP], text: CalibrationText, criterion: Criterion) -> Tensor:
+def layer_costs(
+    model: nn.Module,
+    mlps: Sequence[GatedMLP],
+    text: CalibrationText,
+    criterion: Criterion,
+    statistics: Mapping[int, LayerStatistics],
+) -> Tensor:
     """KL divergence a token to the dense model with one layer sparse: float64 (layers, len(GRID))."""
     probe: list[Mapping[str, Tensor]] = []
     while len(probe) < len(text.inputs) and sum(p["input_ids"].numel() for p in probe) < PROBE_TOKENS:
         probe.append(text.inputs[len(probe)])
-    statistics = statistics_of(model, mlps, text)
     expected = [logits_of(model, batch) for batch in probe]
     costs = torch.zeros(len(mlps), len(GRID), dtype=torch.float64)
     modules = sparse_mlps(model)

@@ -67,10 +67,10 @@ CANDIDATES = tuple(
     Criterion.parse(name)
     for name in (
         "cats",
-        "norm+compensate+sequential",
         "moment+compensate+sequential",
-        "moment+compensate+sequential+allocate",
-        "moment+sequential+allocate+distill",
+        "fisher+compensate+sequential",
+        "fisher+compensate+sequential+allocate",
+        "fisher+sequential+allocate+distill",
     )
 )
 """What `--criterion auto` measures, from the cheapest to the dearest to calibrate."""

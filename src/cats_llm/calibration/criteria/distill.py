@@ -19,7 +19,7 @@ from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.sparsify import as_dense, sparse_mlps
-from cats_llm.model.structure import GatedMLP
+from cats_llm.model.structure import GatedMLP, frozen
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def distill(
     inputs = text.inputs
     sizes = _output_sizes(model, modules, inputs[0] if inputs else {})
     steps = max(1, settings.steps // settings.rounds)
-    with _frozen(model), _added(modules, sizes) as moves:
+    with frozen(model), _added(modules, sizes) as moves:
         optimizer = torch.optim.Adam(moves.values(), lr=settings.rate, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         order = _order(len(inputs), settings.seed + part)
@@ -125,19 +125,6 @@ def _output_sizes(model: nn.Module, modules: Mapping[int, SparseMLP], batch: Map
     return {
         layer: size.to(module.threshold.device) for (layer, module), size in zip(modules.items(), sizes, strict=True)
     }
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of weights."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from cats_llm.calibration.calibrate import calibrating, record_of, tell_not_run
 from cats_llm.calibration.criteria.allocation import allocate
 from cats_llm.calibration.criteria.criterion import Criterion
 from cats_llm.calibration.criteria.distill import Distillation, distill
-from cats_llm.calibration.criteria.scores import SCORES
+from cats_llm.calibration.criteria.scores import OF_GRADIENTS, SCORES
 from cats_llm.calibration.criteria.sequential import run_layer_by_layer
-from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, hidden_parts
+from cats_llm.calibration.criteria.statistics import LayerStatistics, down_weight, hidden_parts, statistics_of
 from cats_llm.calibration.distribution import GateHistogram
 from cats_llm.checkpoint.config import CatsConfig, check_sparsity
 from cats_llm.checkpoint.layer_tensors import LayerTensors
@@ -92,7 +92,8 @@ def fit(
             make.
     """
     check_sparsity(sparsity)
-    if criterion.allocate or criterion.distill:
+    gradients = criterion.score in OF_GRADIENTS
+    if criterion.allocate or criterion.distill or gradients:
         check_predicts_tokens(model, f"the criterion {criterion}")
     say = notify or (lambda _: None)
     coverage = coverage or TokenPolicy()
@@ -107,11 +108,20 @@ def fit(
         not_run = tell_not_run(swapped, reached)
         mlps = [mlp for mlp in swapped if mlp.layer in reached]
         shares = dict.fromkeys((mlp.layer for mlp in mlps), sparsity)
+        statistics = None
+        if gradients or (criterion.allocate and sparsity > 0):
+            say("gathering statistics")
+            statistics = statistics_of(model, mlps, text, gradients)
         if criterion.allocate and sparsity > 0:
+            assert statistics is not None
             say("measuring the error of every layer")
-            shares = allocate(model, mlps, text, criterion, sparsity)
+            shares = allocate(model, mlps, text, criterion, sparsity, statistics)
         say("fitting thresholds")
-        layers = _through_layers(model, mlps, text, shares, criterion)
+        weights = None
+        if gradients:
+            assert statistics is not None
+            weights = {mlp.layer: SCORES[criterion.score](statistics[mlp.layer], shares[mlp.layer]) for mlp in mlps}
+        layers = _through_layers(model, mlps, text, shares, criterion, weights)
         settings: dict[str, Any] = {}
         if criterion.distill and sparsity > 0:
             distillation = distillation or Distillation()
@@ -120,7 +130,8 @@ def fit(
                 say(f"learning the compensation ({part + 1} of {distillation.rounds})")
                 compensation = distill(model, mlps, text, distillation, part)
                 # what the layers receive has changed, so their thresholds follow
-                layers = _through_layers(model, mlps, text, shares, criterion, layers, compensation)
+                weights = {layer: fitted.weights for layer, fitted in layers.items()}
+                layers = _through_layers(model, mlps, text, shares, criterion, weights, compensation)
     return CatsConfig(
         thresholds={layer: fitted.tau for layer, fitted in layers.items()} | dict.fromkeys(not_run, 0.0),
         sparsity=sparsity,
@@ -148,12 +159,14 @@ def _through_layers(
     text: CalibrationText,
     shares: Mapping[int, float],
     criterion: Criterion,
-    known: Mapping[int, FittedLayer] | None = None,
+    weights: Mapping[int, Tensor] | None = None,
     compensation: Mapping[int, Tensor] | None = None,
 ) -> dict[int, FittedLayer]:
     """Decide layer by layer, and leave the model sparse by what was decided.
 
-    With ``known``, weights of the scores stay, ``compensation`` is taken as it is, and thresholds are set again.
+    Args:
+        weights: of the score; None finds them from what each layer receives.
+        compensation: is taken as it is; None finds it, if the criterion has one.
     """
     layers: dict[int, FittedLayer] = {}
     token_mask = set_token_mask(model, text.coverage)
@@ -166,9 +179,9 @@ def _through_layers(
         mlp, module = mlps[place], modules[place]
         rows = [rows_of(x, counted) for x, counted in zip(inputs, text.counted, strict=True)]
         share = shares[mlp.layer]
-        weights = _score_weights(mlp, rows, criterion, share) if known is None else known[mlp.layer].weights
-        fitted = FittedLayer(weights, *_threshold(mlp, rows, weights, share), (compensation or {}).get(mlp.layer))
-        if criterion.compensate and known is None:
+        weight = _score_weights(mlp, rows, criterion, share) if weights is None else weights[mlp.layer]
+        fitted = FittedLayer(weight, *_threshold(mlp, rows, weight, share), (compensation or {}).get(mlp.layer))
+        if criterion.compensate and compensation is None:
             fitted = replace(fitted, compensation=_dropped_mean(mlp, rows, fitted.threshold))
         layers[mlp.layer] = fitted
         module.set_tensors(fitted.threshold, fitted.compensation, score=fitted.tau)

@@ -1,18 +1,22 @@
 """What a criterion knows of one layer's neurons: sums over the calibration tokens, split by the size of the gate.
 
-Symbols: a = act(x W_gate), u = x W_up, h = a u the hidden activation, n tokens, f neurons, d hidden size.
+Symbols: a = act(x W_gate), u = x W_up, h = a u the hidden activation, n tokens, f neurons, d hidden size; g the
+gradient of the model's loss by h.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from cats_llm.calibration.batches import CalibrationText, rows_of, run_decoder
+from cats_llm.calibration.criteria.divergence import counted_tokens, logits_of
 from cats_llm.distributed import sum_over_processes
 from cats_llm.errors import CatsError
 from cats_llm.kernels.definition import gate_activation
-from cats_llm.model.structure import GatedMLP, observe_inputs
+from cats_llm.model.predictions import log_probabilities
+from cats_llm.model.structure import GatedMLP, frozen, observe_inputs
 
 # A bin is a range of |a| with the same exponent and first 3 bits of the mantissa: 8 an octave.
 _MANTISSA_BITS = 3
@@ -34,35 +38,52 @@ class LayerStatistics:
         up, up_squared: float64 (f,), the sums of |u| and u^2.
         counts, hidden, hidden_squared: float64 (f, BINS), how many tokens had |a| in the bin, and their sums of h and
             h^2.
+        sensitivity, sensitivity_hidden, sensitivity_hidden_squared: float64 (f, BINS), their sums of g^2, g^2 h and
+            g^2 h^2; (f, 0) without gradients.
         down_norm: float64 (f,), the Euclidean norm of each neuron's column of W_down.
     """
 
-    def __init__(self, mlp: GatedMLP) -> None:
+    def __init__(self, mlp: GatedMLP, gradients: bool = False) -> None:
         w_down = down_weight(mlp)
         self.down_norm = w_down.norm(dim=0)
         f, device = w_down.shape[1], w_down.device
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.up, self.up_squared = torch.zeros(2, f, dtype=torch.float64, device=device)
         self.counts, self.hidden, self.hidden_squared = torch.zeros(3, f, BINS, dtype=torch.float64, device=device)
+        self.sensitivity, self.sensitivity_hidden, self.sensitivity_hidden_squared = torch.zeros(
+            3, f, BINS if gradients else 0, dtype=torch.float64, device=device
+        )
 
-    def add(self, a: Tensor, u: Tensor) -> None:
-        """Count tokens: a and u, (n, f), a in float32 or wider."""
+    def add(self, a: Tensor, u: Tensor, gradient: Tensor | None = None) -> None:
+        """Count tokens: a, u and, if they are gathered, g, (n, f), a in float32 or wider."""
         f = a.shape[-1]
-        for a_part, u_part in zip(*(t.split(max(1, _CHUNK // f)) for t in (a, u)), strict=True):
+        rows = max(1, _CHUNK // f)
+        for begin in range(0, len(a), rows):
+            a_part, u_part = a[begin : begin + rows], u[begin : begin + rows]
             self.tokens += len(a_part)
             wide, u_wide = a_part.float(), u_part.double()
             h = wide.double() * u_wide
             self.up += u_wide.abs().sum(0)
             self.up_squared += u_wide.square().sum(0)
-            index = _bins(wide) + torch.arange(f, device=a.device) * BINS
-            for total, weight in ((self.counts, None), (self.hidden, h), (self.hidden_squared, h.square())):
-                total += torch.bincount(
-                    index.reshape(-1), None if weight is None else weight.reshape(-1), minlength=f * BINS
-                ).view(f, BINS)
+            index = (_bins(wide) + torch.arange(f, device=a.device) * BINS).reshape(-1)
+
+            def sums(weight: Tensor | None, index: Tensor = index) -> Tensor:
+                flat = None if weight is None else weight.reshape(-1)
+                return torch.bincount(index, flat, minlength=f * BINS).view(f, BINS)
+
+            self.counts += sums(None)
+            self.hidden += sums(h)
+            self.hidden_squared += sums(h.square())
+            if gradient is not None:
+                squared = gradient[begin : begin + rows].double().square()
+                self.sensitivity += sums(squared)
+                self.sensitivity_hidden += sums(squared * h)
+                self.sensitivity_hidden_squared += sums(squared * h.square())
 
     def tensors(self) -> list[Tensor]:
         """The sums. Adding those of two sets of tokens gives those of both."""
-        return [self.tokens, self.up, self.up_squared, self.counts, self.hidden, self.hidden_squared]
+        sums = [self.tokens, self.up, self.up_squared, self.counts, self.hidden, self.hidden_squared]
+        return [*sums, self.sensitivity, self.sensitivity_hidden, self.sensitivity_hidden_squared]
 
     @property
     def edges(self) -> Tensor:
@@ -128,16 +149,67 @@ def down_weight(mlp: GatedMLP) -> Tensor:
 
 
 @torch.no_grad()
-def statistics_of(model: nn.Module, mlps: Sequence[GatedMLP], text: CalibrationText) -> dict[int, LayerStatistics]:
-    """The statistics of every layer by its index, in one pass, over all processes; the model computes what it does."""
-    statistics = {mlp.layer: LayerStatistics(mlp) for mlp in mlps}
+def statistics_of(
+    model: nn.Module, mlps: Sequence[GatedMLP], text: CalibrationText, gradients: bool = False
+) -> dict[int, LayerStatistics]:
+    """The statistics of every layer by its index, in one pass, over all processes; the model computes what it does.
+
+    Args:
+        gradients: those of the loss too, which costs a pass backward. The loss is that of labels drawn from what the
+            model itself predicts, whose mean g g^T is the Fisher information: how the KL divergence from the model's
+            predictions grows with an error of h.
+    """
+    statistics = {mlp.layer: LayerStatistics(mlp, gradients) for mlp in mlps}
     counted: Tensor | None = None
 
-    def add(mlp: GatedMLP, x: Tensor) -> None:
-        statistics[mlp.layer].add(*hidden_parts(mlp, rows_of(x, counted)))
+    def add(mlp: GatedMLP, x: Tensor, gradient: Tensor | None = None) -> None:
+        g = None if gradient is None else rows_of(gradient, counted)
+        statistics[mlp.layer].add(*hidden_parts(mlp, rows_of(x, counted)), g)
 
-    with observe_inputs(mlps, add):
-        for inputs, counted in zip(text.inputs, text.counted, strict=True):  # noqa: B007  # add reads it
-            run_decoder(model, inputs)
+    for inputs, counted in zip(text.inputs, text.counted, strict=True):  # noqa: B007  # add reads it
+        if gradients:
+            with frozen(model), _observe_gradients(mlps, add), torch.enable_grad():
+                _loss(model, inputs).backward()
+        else:
+            with observe_inputs(mlps, add):
+                run_decoder(model, inputs)
     sum_over_processes([t for layer in statistics.values() for t in layer.tensors()])
     return statistics
+
+
+def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The sum over tokens of -log p of labels drawn from p, the model's own predictions; float32 ()."""
+    logits, ids = logits_of(model, inputs), inputs["input_ids"]
+    # a seed a sequence: the same draws in whatever batch and process it is computed
+    drawn = [torch.rand(len(row), generator=torch.Generator().manual_seed(int(row.sum()))) for row in ids]
+    at = torch.stack(drawn).to(logits.device)
+    loss = torch.zeros((), device=logits.device)
+    for where, (log_p,) in log_probabilities(counted_tokens(inputs), logits):
+        cumulative = log_p.detach().exp().cumsum(1)
+        labels = torch.searchsorted(cumulative, at[where][:, None]).clamp(max=log_p.shape[1] - 1)
+        loss = loss - log_p.gather(1, labels).sum()
+    return loss
+
+
+@contextmanager
+def _observe_gradients(
+    mlps: Sequence[GatedMLP], observer: Callable[[GatedMLP, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Show the observer the input of every MLP, (..., d), and the gradient by h, (..., f), in the backward pass."""
+    inputs: dict[int, Tensor] = {}
+
+    def hook(mlp: GatedMLP) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def before_down(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            h, x = args[0], inputs.pop(mlp.layer)
+            if not h.requires_grad:  # nothing below is trained: the graph begins here
+                h = h.detach().requires_grad_()
+            h.register_hook(lambda gradient: observer(mlp, x, gradient))
+            return (h,)
+
+        return before_down
+
+    with ExitStack() as stack:
+        stack.enter_context(observe_inputs(mlps, lambda mlp, x: inputs.update({mlp.layer: x.detach()})))
+        for mlp in mlps:
+            stack.callback(mlp.down_linear.register_forward_pre_hook(hook(mlp)).remove)
+        yield
