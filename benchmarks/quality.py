@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -74,6 +75,15 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+class Text(PerplexityTask):
+    """Perplexity of a text that is read once, however often it is measured."""
+
+    def prepare(self, model: Any, tokenizer: Any) -> None:
+        """Cut the text into windows."""
+        if not hasattr(self, "windows"):
+            super().prepare(model, tokenizer)
+
+
 class Lab:
     """The model, the texts and the tasks of one process."""
 
@@ -84,8 +94,7 @@ class Lab:
         self.fits = Fits(args, self.model, self.tokenizer)
         given = dict(pair.split("=", 1) for pair in args.text) or {"held-out books": str(bundled.heldout_text())}
         self.texts: list[Task] = [
-            PerplexityTask(file, name, args.window or args.seq_length, samples=args.windows)
-            for name, file in given.items()
+            Text(file, name, args.window or args.seq_length, samples=args.windows) for name, file in given.items()
         ]
         names = args.tasks.split(",") if args.tasks else []
         self.tasks, self.means = build_tasks(names, args.data_dir, TaskOptions(args.limit))
@@ -217,6 +226,8 @@ def measure_all(executor: Executor, cells: list[Cell]) -> None:
             measured = [] if group else [measuring.pop(future)]
             if error := future.exception():
                 text = f"FAILED {', '.join(cell.name for cell in group or measured)}: {first_line(error)}"
+                traceback.print_exception(error)
+                measured = measured or group
             else:
                 text = future.result()
                 measuring |= {executor.submit(call, "measure", cell): cell for cell in group}
@@ -249,9 +260,9 @@ def assemble(executor: Executor, cells: list[Cell]) -> tuple[dict[str, Any], lis
     return result, wrong
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Fit, measure, assemble."""
-    args = arguments()
+    args = arguments(words)
     args.out.mkdir(parents=True, exist_ok=True)
     cells = plan(args)
     with workers(args) as executor:

@@ -65,9 +65,9 @@ class Results:
         def key(name: str) -> tuple[bool, bool, int, float]:
             variant, row = self.variants[name], self.rows.get((name, str(text), "perplexity"))
             asked = variant["equal_bytes"] or (variant["sparsity"] if variant["unit"] == "neurons" else None)
-            place = round(100 * (asked if asked is not None else self.skipped(name)))
+            place = round(100 * (asked or self.skipped(name)))
             value = row["value"] if row and row["value"] is not None else math.inf
-            return name != "dense", asked is None, place, value
+            return name != "dense", not asked, place, value
 
         return sorted(self.variants, key=key)
 
@@ -152,7 +152,7 @@ def figure(results: Results, methods: list[str]) -> Any:
             axes.set_yscale("log")
             axes.set_title(text)
             axes.set_xlim(0, 100)
-            style.percent_axis(axes.xaxis) if False else axes.set_xticks(range(0, 101, 25))
+            axes.set_xticks(range(0, 101, 25))
         drawn.supxlabel("bytes of the decoder layers' linear weights that a token does not read, %", fontsize=9)
         drawn.supylabel("increase of log-perplexity, nats a token", fontsize=9)
         style.legend(drawn, {title: look.marked for title, look in looks.items()})
