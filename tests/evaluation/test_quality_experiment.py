@@ -16,7 +16,8 @@ from cats_llm.errors import CatsError
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WORDS = [
     "--calibration", "books=books.txt", "--text", "story=story.txt", "--draws", "0", "--samples", "4",
-    "--seq-length", "32", "--window", "48", "--windows", "3", "--sparsity", "0.5,0.9", "--equal", "bytes,share", "--int8",
+    "--seq-length", "32", "--window", "48", "--windows", "3",
+    "--sparsity", "0.5,0.9", "--equal", "bytes,share", "--int8",
 ]  # fmt: skip
 RUN = [*WORDS, "--sparsity", "0.5", "--criteria", "cats,norm", "--baselines", "relu,teal"]
 
