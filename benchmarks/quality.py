@@ -184,6 +184,7 @@ def _start(args: argparse.Namespace, counter: Any) -> None:
     device = args.device
     if device == "cuda":
         device = f"cuda:{number % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)  # Triton launches on the current one
     _lab[:] = [Lab(args, device)]
 
 
