@@ -3,9 +3,10 @@
 The result has the columns of the datasets on the Hugging Face hub, so that lm-eval's own task definitions work on it:
 
     python examples/convert_eval_data.py data arc_easy=ARC-Easy-Test.jsonl openbookqa=test.jsonl piqa=valid.jsonl \
-        hellaswag=hellaswag_val.jsonl blimp=blimp.jsonl wikitext=wiki.test.raw
+        hellaswag=hellaswag_val.jsonl blimp=blimp.jsonl wikitext=wiki.test.raw wikitext_plain=wiki.valid.tokens
 
 writes data/arc_easy.jsonl and so on; blimp becomes one file for each of its paradigms, data/blimp_UID.jsonl.
+wikitext_plain is text to calibrate on, data/wikitext_plain.txt, with the marks of WikiText's tokenisation undone.
 """
 
 import argparse
@@ -86,6 +87,35 @@ def wikitext(path: Path) -> Iterator[Row]:
         yield {"page": "".join(page)}
 
 
+# in this order; what lm-eval's own detokenizer for WikiText undoes, and contractions other than 's
+MARKS = [
+    (r" <unk>(?= |$)", ""),  # a word that is not known any more
+    (r" @([-,.])@ ", r"\1"),  # inside numbers and compounds
+    (r" ([.,:;!?%)\]}°])", r"\1"),
+    (r"([(\[{$£]) ", r"\1"),
+    (r'" ([^"]*?) ?"', r'"\1"'),
+    (r" '(s|t|re|ve|ll|d|m)\b", r"'\1"),
+    (r"(?<=s) '(?= )", "'"),
+    (r"(?<= )' ([^']*?) ?'(?=\W|$)", r"'\1'"),
+    (r' ?(""|\(\))', ""),  # nothing was left inside
+    (r" ?@[-,.]@ ?|  +", " "),
+]
+
+
+def plain(line: str) -> str:
+    """A line of WikiText as people write: " @-@ " is a hyphen again, and punctuation follows its word."""
+    line = " " + re.sub(r"=( =)+", lambda match: match[0].replace(" ", ""), line.strip())
+    for mark, text in MARKS:
+        line = re.sub(mark, text, line)
+    return line.strip()
+
+
+def wikitext_plain(path: Path) -> str:
+    """WikiText as plain text, articles separated by <|endoftext|>."""
+    pages = ([plain(line) for line in row["page"].splitlines()] for row in wikitext(path))
+    return "\n<|endoftext|>\n".join("\n".join(line for line in page if line) for page in pages) + "\n"
+
+
 CONVERTERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "arc_easy": lambda path: ai2(path, "question"),
     "arc_challenge": lambda path: ai2(path, "question"),
@@ -109,7 +139,9 @@ def convert(task: str, path: Path) -> dict[str, list[Row]]:
     if task == "blimp":
         return blimp(path)
     if task not in CONVERTERS:
-        raise SystemExit(f"error: no converter for {task!r}; there is one for blimp, {', '.join(CONVERTERS)}.")
+        raise SystemExit(
+            f"error: no converter for {task!r}; there is one for blimp, wikitext_plain, {', '.join(CONVERTERS)}."
+        )
     return {task: list(CONVERTERS[task](path))}
 
 
@@ -126,6 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
         if not equals or not Path(file).is_file():
             raise SystemExit(f"error: {source!r} is not TASK=FILE with a file that exists.")
         try:
+            if task == "wikitext_plain":
+                text = wikitext_plain(Path(file))
+                (given.out / f"{task}.txt").write_text(text, encoding="utf-8")
+                print(f"{task}: {len(text)} characters")
+                continue
             tables = convert(task, Path(file))
         except (KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise SystemExit(f"error: {file} is not {task} data: {type(error).__name__} {error}.") from error

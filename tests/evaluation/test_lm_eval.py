@@ -10,19 +10,24 @@ import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
 import cats_llm
 from cats_llm import bundled
 from cats_llm.checkpoint.token_policy import TokenPolicy
+from cats_llm.evaluation.batch import BatchSize
 from cats_llm.evaluation.cache import Cache
+from cats_llm.evaluation.lm_eval_task import CatsLM
 from cats_llm.evaluation.local_data import task_folder
 from cats_llm.evaluation.run import run_evaluation
-from cats_llm.evaluation.task import TaskOptions
+from cats_llm.evaluation.sparsity import SparsityCounter
+from cats_llm.evaluation.task import Subject, TaskOptions
 from cats_llm.evaluation.tasks import TASK_SETS, build_tasks, expand
 from cats_llm.evaluation.variants import Variant, make_variants
 from cats_llm.loading import load_model
+from cats_llm.model.sparsify import as_dense
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _spec = importlib.util.spec_from_file_location("convert_eval_data", EXAMPLES / "convert_eval_data.py")
@@ -144,6 +149,21 @@ def test_the_converters_give_the_columns_of_the_hub(data):
     assert pages[1].startswith(" = The Owl = \n")
 
 
+def test_wikitext_becomes_text_as_people_write_it(tmp_path):
+    marked = (
+        " \n = The Fox = \n \n The fox 's well @-@ known <unk> "
+        "cost 1 @,@ 250 @.@ 5 dollars ( about £ 900 ) , didn 't it ? \n"
+        ' It said , " Come <unk> ! " ( <unk> ) . \n \n = = Life of foxes = = \n \n Foxes \' tails : long . \n'
+        " \n = The Owl = \n \n It flew . \n"
+    )
+    (tmp_path / "wiki.tokens").write_text(marked, encoding="utf-8")
+    convert.main([str(tmp_path / "out"), f"wikitext_plain={tmp_path / 'wiki.tokens'}"])
+    assert (tmp_path / "out" / "wikitext_plain.txt").read_text(encoding="utf-8") == (
+        "= The Fox =\nThe fox's well-known cost 1,250.5 dollars (about £900), didn't it?\n"
+        'It said, "Come!".\n== Life of foxes ==\nFoxes\' tails: long.\n<|endoftext|>\n= The Owl =\nIt flew.\n'
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,6 +181,20 @@ def test_converters_refuse_what_they_cannot_read(tmp_path, arguments, message):
 
 
 # --- the same numbers as lm-eval ---
+
+
+def test_log_likelihoods_of_a_16_bit_model_are_not_rounded_to_16_bits(tokenizer):
+    """A log-likelihood of -100 in bfloat16 is known to half a nat; documents would tie that do not."""
+    model = load_model(str(bundled.model_path()), "bfloat16", "cpu")
+    context, ending = "The girl found a little", " lantern in the old garden, and she was very happy about it."
+    lm = CatsLM(Subject(model, tokenizer, None, as_dense), BatchSize(1), SparsityCounter(model))
+    [(found, _)] = lm.loglikelihood([Instance("loglikelihood", {}, (context, ending), 0)], disable_tqdm=True)
+    prompt, whole = (lm.tok_encode(text) for text in (context, context + ending))
+    with torch.no_grad():
+        logits = model(torch.tensor([whole])).logits[0, :-1].double()
+    each = logits.log_softmax(-1).gather(-1, torch.tensor(whole[1:])[:, None])
+    assert found == pytest.approx(float(each[len(prompt) - 1 :].sum()), abs=1e-3)
+
 
 TASKS = ["arc_easy", "openbookqa", "piqa", "hellaswag", "blimp_adjunct_island", "wikitext"]
 

@@ -55,6 +55,8 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             tokenizer=copy.deepcopy(subject.tokenizer),
             batch_size=batch.value,
             backend="causal",
+            # 16 bits hold a log-likelihood of 10 nats to a thirtieth of a nat
+            softmax_dtype="float32" if subject.model.dtype in (torch.bfloat16, torch.float16) else None,
         )
         self.batch = batch
         self.counter = counter

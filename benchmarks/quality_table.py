@@ -1,0 +1,180 @@
+"""The table and the figure of benchmarks/quality.py.
+
+    PYTHONPATH=src python benchmarks/quality_table.py results/quality.json --table quality.md --figure quality.svg
+
+Several files are joined, as of two runs with other tasks. Perplexity is shown as its increase over the dense model's,
+with the paired 95 % interval; the figure draws the same as a difference of log-perplexities, in nats a token.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cats_llm.number_format import MISSING, percent, signed
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The rows of result files by variant, task and metric."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.variants: dict[str, Row] = {}
+        self.tasks: dict[str, Row] = {}
+        self.rows: dict[tuple[str, str, str], Row] = {}
+        self.against: dict[tuple[str, str, str], Row] = {}
+        for file in files:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            self.variants |= {variant["name"]: variant for variant in result["variants"]}
+            self.tasks |= {task["name"]: task for task in result["tasks"]}
+            self.rows |= {(row["variant"], row["task"], row["metric"]): row for row in result["results"]}
+            found = result.get("against_cats", [])
+            self.against |= {(row["variant"], row["task"], row["metric"]): row for row in found}
+
+    @property
+    def texts(self) -> list[str]:
+        """Their names."""
+        return [name for name, task in self.tasks.items() if task["kind"] == "perplexity"]
+
+    @property
+    def scored(self) -> list[str]:
+        """The tasks with accuracies, means first."""
+        names = [name for name in self.tasks if ("dense", name, "acc") in self.rows]
+        return sorted(names, key=lambda name: self.tasks[name]["kind"] != "mean")
+
+    def skipped(self, variant: str) -> float:
+        """The share of the bytes of all linear weights that a token does not read, on the first text or task."""
+        if self.variants[variant].get("rounded"):
+            return 0.5
+        first = next(row for (name, *_), row in self.rows.items() if name == variant)
+        share: float = first["sparsity"]["model"]
+        return share
+
+    def gate(self, variant: str) -> float | None:
+        """The share of neurons skipped, on the same; None where inputs are skipped, or nothing."""
+        first = next(row for (name, *_), row in self.rows.items() if name == variant)
+        gate: float | None = first["sparsity"]["gate"]
+        return gate or None
+
+    def order(self) -> list[str]:
+        """Variants by the bytes they skip, to a percent, within which the closest to dense come first."""
+        text = self.texts[0] if self.texts else None
+
+        def key(name: str) -> tuple[bool, bool, int, float]:
+            variant, row = self.variants[name], self.rows.get((name, str(text), "perplexity"))
+            asked = variant["equal_bytes"] or (variant["sparsity"] if variant["unit"] == "neurons" else None)
+            place = round(100 * (asked or self.skipped(name)))
+            value = row["value"] if row and row["value"] is not None else math.inf
+            return name != "dense", not asked, place, value
+
+        return sorted(self.variants, key=key)
+
+
+def increase(row: Row) -> str:
+    """Of perplexity, with the interval."""
+    value, difference = row["value"], row["difference"]
+    if value is None:
+        return "not finite"
+    if difference is None:
+        return f"{value:.2f}"
+    dense = value - difference["value"]
+    if value > 10 * dense:
+        return f"x {value / dense:.3g}"
+    low, high = (100 * difference[end] / dense for end in ("low", "high"))
+    shown = 100 * difference["value"] / dense
+    digits = 2 if abs(shown) < 3 else 1
+    return f"{shown:+.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def accuracy(row: Row, against: Row | None) -> str:
+    """In percent, with the difference to dense in points, and p to dense and to plain CATS."""
+    text, difference = percent(row["value"], 1), row["difference"]
+    if difference is None:
+        return text
+    text += f" ({signed(100 * difference['value'], 1)}, {probability(difference['p'])}"
+    return text + (f"; CATS {probability(against['difference']['p'])}" if against else "") + ")"
+
+
+def probability(p: float) -> str:
+    """Of a test, as short as it may be."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def table(results: Results) -> str:
+    """Markdown."""
+    heads = [*(f"{text}" for text in results.texts), *results.scored]
+    lines = [
+        "| | gate sparsity | bytes skipped | " + " | ".join(heads) + " |",
+        "|---|" + "---|" * (len(heads) + 2),
+    ]
+    for name in results.order():
+        cells = [f"`{name}`", share(results.gate(name)), share(results.skipped(name) or None)]
+        for task in results.texts:
+            row = results.rows.get((name, task, "perplexity"))
+            cells.append(increase(row) if row else MISSING)
+        for task in results.scored:
+            row = results.rows.get((name, task, "acc"))
+            mean = results.tasks[task]["kind"] == "mean" or len(results.scored) == 1
+            against = results.against.get((name, task, "acc")) if mean else None
+            cells.append(accuracy(row, against) if row else MISSING)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def share(value: float | None) -> str:
+    """A share in percent."""
+    return MISSING if value is None else percent(value, 1)
+
+
+def figure(results: Results, methods: list[str]) -> Any:
+    """The increase of log-perplexity over the bytes skipped: a line a method, a panel a text, a log scale."""
+    from cats_llm.report import style
+
+    lines: dict[str, list[str]] = {}
+    for name, variant in results.variants.items():
+        method = "dense int8" if variant.get("rounded") else variant["method"]
+        sources = {v.get("source") for v in results.variants.values() if v["method"] == variant["method"]}
+        title = f"{method}, {variant['source']}" if len(sources) > 1 else method
+        if name != "dense" and not variant.get("draw") and (not methods or method in methods):
+            lines.setdefault(title, []).append(name)
+    looks = style.looks(list(lines))
+    with style.style():
+        drawn, panels = style.panels(len(results.texts), 3, True, height=3.2)
+        for axes, text in zip(panels, results.texts, strict=True):
+            dense = results.rows["dense", text, "perplexity"]["value"]
+            for title, names in lines.items():
+                rows = [(results.skipped(name), results.rows.get((name, text, "perplexity"))) for name in names]
+                points = sorted((x, math.log(row["value"] / dense)) for x, row in rows if row and row["value"])
+                points = [(100 * x, y) for x, y in points if y > 0]
+                axes.plot([x for x, _ in points], [y for _, y in points], **looks[title].marked)
+            axes.set_yscale("log")
+            axes.set_title(text)
+            axes.set_xlim(0, 100)
+            axes.set_xticks(range(0, 101, 25))
+        drawn.supxlabel("bytes of the decoder layers' linear weights that a token does not read, %", fontsize=9)
+        drawn.supylabel("increase of log-perplexity, nats a token", fontsize=9)
+        style.legend(drawn, {title: look.marked for title, look in looks.items()})
+    return drawn
+
+
+def main(words: list[str] | None = None) -> None:
+    """Read, and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="quality.json")
+    parser.add_argument("--table", type=Path, help="Markdown; default: on stdout")
+    parser.add_argument("--figure", type=Path, help=".svg or .png")
+    parser.add_argument("--methods", default="", help="only these in the figure, separated by commas")
+    args = parser.parse_args(words)
+    results = Results(args.results)
+    if args.table:
+        args.table.write_text(table(results), encoding="utf-8")
+    else:
+        print(table(results), end="")
+    if args.figure:
+        figure(results, [name for name in args.methods.split(",") if name]).savefig(args.figure)
+
+
+if __name__ == "__main__":
+    main()
