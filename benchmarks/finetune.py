@@ -111,7 +111,8 @@ class Comparison:
                     continue
                 bench = bench or self.bench()
                 self.one(bench, run)
-        summarise(self.args.out)
+        if not self.args.share and not self.args.only:  # others may still be running
+            summarise(self.args.out)
 
     def bench(self) -> Bench:
         """The model and the texts, and the dense model measured, if no other process has done it."""

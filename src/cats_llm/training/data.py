@@ -52,7 +52,7 @@ class Data:
     def calibration_batches(self, size: int) -> list[dict[str, Tensor]]:
         """The examples set aside, in batches without labels."""
         batches = [collate(self.aside[i : i + size]) for i in range(0, len(self.aside), size)]
-        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
 def read_data(source: str, config: DataConfig, tokenizer: Any, seed: int, calibrates: bool) -> Data:
@@ -240,18 +240,15 @@ def _example(ids: list[int], spans: Sequence[tuple[int, int]]) -> Example:
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     """A batch of examples: (B, T) with padding on the right, which attention_mask tells of and labels ignore.
 
-    Without padding there is no mask, which a model would have to look through at every step. Padding is token 0, which
-    every model has: a padding token that was added to the tokenizer may have no embedding.
+    It is token 0, which every model has: a padding token that was added to the tokenizer may have no embedding.
     """
 
     def stack(rows: list[Tensor], fill: int) -> Tensor:
         return pad_sequence(rows, batch_first=True, padding_value=fill)
 
     ids = [example["input_ids"] for example in examples]
-    batch = {
+    return {
         "input_ids": stack(ids, 0),
         "labels": stack([example["labels"] for example in examples], IGNORED),
+        "attention_mask": stack([torch.ones_like(row) for row in ids], 0),
     }
-    if len({len(row) for row in ids}) > 1:
-        batch["attention_mask"] = stack([torch.ones_like(row) for row in ids], 0)
-    return batch
