@@ -298,7 +298,7 @@ def test_python_gives_what_the_command_gives(runs, base, tmp_path):
     for entry in (same, log):
         for thresholds in entry["thresholds"]:
             del thresholds["thresholds"]["calibration"]["date"]
-    differ = {"created", "seconds", "command"}
+    differ = {"created", "seconds", "training_seconds", "command"}
     assert {k: v for k, v in same.items() if k not in differ} == {k: v for k, v in log.items() if k not in differ}
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", runs["merged"][0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,7 +1,9 @@
 """What a model predicts at each position of a batch, a part of the positions at a time."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,3 +26,39 @@ def log_probabilities(
     for sequence, column in zip(*(axis.split(rows) for axis in axes), strict=True):
         there = (each[sequence.to(each.device), column.to(each.device)] for each in logits)
         yield (sequence, column), [F.log_softmax(part.float(), dim=-1) for part in there]
+
+
+def kl_divergence(positions: Tensor, logits: Tensor, expected: Tensor, rows: int = 512) -> Tensor:
+    """Sum over positions of KL(expected || logits), float64 (), differentiable by logits.
+
+    The gradient, softmax(logits) - softmax(expected), is made along with the value, so that beside it no more than a
+    part of the positions is ever held in float32.
+
+    Args:
+        positions: which count, bool (B, T).
+        logits: (B, T, vocabulary).
+        expected: of the model to be like, (B, T, vocabulary); gets no gradient.
+        rows: positions at a time.
+    """
+    total: Tensor = _Divergence.apply(logits, expected, positions, rows)
+    return total
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, expected: Tensor, positions: Tensor, rows: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        for where, (log_p, log_q) in log_probabilities(positions, logits, expected, rows=rows):
+            log_q = log_q.to(log_p.device)
+            total += F.kl_div(log_p, log_q, log_target=True, reduction="sum").double()
+            if gradient is not None:
+                gradient[where] = (log_p.exp() - log_q.exp()).to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None

@@ -1,6 +1,6 @@
 """What a run of fine-tuning depends on, each option once; the defaults are the paper's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cats_llm.checkpoint.config import parse_sparsity
@@ -11,6 +11,9 @@ from cats_llm.text import RowFormat
 
 TUNING_METHODS = ("cats", "relu", "dense")
 SCHEDULES = ("constant", "linear", "cosine")
+LOSSES = ("cross-entropy", "distillation")
+PARAMETERS = ("lora", "mlp")
+_LORA = ("rank", "alpha", "dropout", "targets")
 LOG = "finetune.json"
 """The log, in the folder of the result."""
 
@@ -50,8 +53,8 @@ class TrainingConfig:
 
     Attributes:
         targets: None finds the layers by structure.
-        bf16: compute in bfloat16 where that is safe (autocast); adapters and the optimizer stay in float32. It follows
-            from the dtype of the model.
+        bf16: compute in bfloat16 where that is safe (autocast); what is trained and the optimizer stay in float32. It
+            follows from the dtype of the model.
     """
 
     panel = Panel.TRAINING
@@ -60,6 +63,13 @@ class TrainingConfig:
         "cats",
         help="cats, relu (ReLU in place of the activation) or dense (training as usual).",
         panel=Panel.SPARSITY,
+    )
+    loss: str = option(
+        "cross-entropy",
+        help="cross-entropy, of the text; or distillation, the KL divergence from the dense model's predictions.",
+    )
+    parameters: str = option(
+        "lora", help="What is trained: lora (adapters) or mlp (all weights of the gated MLPs, and no others)."
     )
     steps: int | None = option(
         None, minimum=1, help="Optimizer steps.", default_text="350 on text, --epochs on instructions"
@@ -101,11 +111,23 @@ class TrainingConfig:
     gradient_checkpointing: bool = option(False, help="Save memory: compute each layer twice.")
 
     def __post_init__(self) -> None:
-        for name, value, known in (("method", self.method, TUNING_METHODS), ("schedule", self.schedule, SCHEDULES)):
+        for name, known in (
+            ("method", TUNING_METHODS),
+            ("schedule", SCHEDULES),
+            ("loss", LOSSES),
+            ("parameters", PARAMETERS),
+        ):
+            value = getattr(self, name)
             if value not in known:
-                raise CatsError(f"the {name} {value!r} is unknown; choose from {', '.join(known)}.")
+                are = "are" if name == "parameters" else "is"
+                raise CatsError(f"the {name} {value!r} {are} unknown; choose from {', '.join(known)}.")
         if self.refresh_every and self.method != "cats":
             raise CatsError(f"only the method cats has thresholds to refresh; leave that out for {self.method}.")
+
+    @property
+    def lora_options(self) -> list[str]:
+        """Names of the options of adapters that are not as they are by default."""
+        return [f.name for f in fields(self) if f.name in _LORA and getattr(self, f.name) != f.default]
 
     def accumulation(self, processes: int) -> int:
         """Micro-batches of each process in a step.
@@ -170,6 +192,11 @@ class FinetuneConfig:
             raise UsageError("pass --profile or --calibration, not both.")
         if method != "cats" and thresholds_given:
             raise UsageError(f"--sparsity, --profile and --calibration have no meaning for the method {method}.")
+        if self.training.parameters != "lora":
+            if self.keep_adapters:
+                raise UsageError(f"--keep-adapters has no meaning for --parameters {self.training.parameters}.")
+            for name in self.training.lora_options:
+                raise UsageError(f"--lora-{name} has no meaning for --parameters {self.training.parameters}.")
         if self.sparsity is None and self.profile is not None:
             raise UsageError("--profile gives thresholds only together with --sparsity.")
 

@@ -44,9 +44,9 @@ class Data:
         record: what it is, for the log.
     """
 
-    train: list[Example]
-    heldout: list[Example]
-    aside: list[Example]
+    train: Sequence[Example]
+    heldout: Sequence[Example]
+    aside: Sequence[Example]
     record: dict[str, Any]
 
     def calibration_batches(self, size: int) -> list[dict[str, Tensor]]:

@@ -9,18 +9,18 @@ from cats_llm import distributed
 from cats_llm.calibration.batches import check_runs
 from cats_llm.calibration.profile import Profile
 from cats_llm.errors import CatsError
-from cats_llm.loading import BASE, attach_adapters, default_device
+from cats_llm.loading import BASE, default_device
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.tokens import check_tokens
 from cats_llm.number_format import number, percent
 from cats_llm.outputs import check_output, write_folder, write_json
 from cats_llm.text import TextSource, check_length
 from cats_llm.training import run_folder
-from cats_llm.training.adapters import adaptable
 from cats_llm.training.config import LOG, FinetuneConfig, TrainingConfig
 from cats_llm.training.data import Data, is_instructions, read_data
 from cats_llm.training.methods import apply_method, check_base, choose_thresholds, final_config, resumed_config
-from cats_llm.training.trainer import ADAPTER, LOG_FILE, Notify, train, trainer_arguments
+from cats_llm.training.parameters import check_trainable, make_teacher, trained_model
+from cats_llm.training.trainer import LOG_FILE, Notify, train, trainer_arguments
 
 _TEXT_STEPS = 350  # the least of the paper's runs on text
 
@@ -33,7 +33,7 @@ def finetune(
     command: str = "",
     progress_bar: bool = False,
 ) -> dict[str, Any]:
-    """Train LoRA adapters through the thresholds, write the model to ``config.out``, and return the log.
+    """Train through the thresholds, write the model to ``config.out``, and return the log.
 
     With several processes, as `accelerate launch` starts them, each takes its share of the work, and the first writes;
     `cats_llm.distributed.leave` ends their connection, when the caller has no more use for it.
@@ -79,16 +79,17 @@ def finetune(
     if training.method == "cats":
         thresholds = resumed_config(checkpoint.history, model) if checkpoint is not None else None
         thresholds = thresholds or choose_thresholds(model, data, config.sparsity, profile, training.micro_batch)
+    teacher = make_teacher(model, training) if training.loss == "distillation" else None
     apply_method(model, training.method, thresholds)
     record = {"model": source.model, "dtype": source.dtype, "device": str(arguments.device), "command": command}
-    log = train(model, data, training, arguments, checkpoint.folder if checkpoint else None, notify, record)
+    log = train(model, data, training, arguments, checkpoint.folder if checkpoint else None, notify, record, teacher)
     if log["evaluations"][-1]["loss"] is None:
         raise CatsError(
             f"the training diverged: the held-out loss is no number; choose a smaller --learning-rate than "
             f"{training.learning_rate:g} (the log is {config.work / LOG_FILE})."
         )
     if distributed.rank() == 0:
-        del model
+        del model, teacher
         base = replace(source, device="cpu").load()
         apply_method(base, training.method, final_config(log, base))
         _export(base, tokenizer, config, log, force)
@@ -97,7 +98,8 @@ def finetune(
         notify(
             f"{log['name']}: held-out perplexity {_quality(first)} before, {_quality(last)} after {last['step']} steps"
         )
-        kind = "adapters, and their model in base/," if config.keep_adapters else "the merged model"
+        merged = "the merged model" if training.parameters == "lora" else "the trained model"
+        kind = "adapters, and their model in base/," if config.keep_adapters else merged
         notify(f"{config.out}: {kind} and the log, {LOG}")
     return log
 
@@ -136,7 +138,7 @@ def _check(skeleton: Any, config: FinetuneConfig, profile: Profile | None) -> No
     """Refuse, before gigabytes of weights are read, a model that cannot be trained so."""
     check_predicts_tokens(skeleton, "fine-tuning")
     check_base(skeleton.config, config.source.model)
-    adaptable(skeleton, config.training.targets)
+    check_trainable(skeleton, config.training)
     check_length(config.reading.seq_length, skeleton.config)
     if profile is not None:
         profile.check_model(skeleton)
@@ -160,14 +162,14 @@ def _read(config: FinetuneConfig, training: TrainingConfig, skeleton: Any, token
 def _export(base: Any, tokenizer: Any, config: FinetuneConfig, log: dict[str, Any], force: bool) -> None:
     """Write the fine-tuned model as a folder, with the log of its training.
 
-    Merged, it is an ordinary checkpoint, CATS unless the method is dense. Otherwise the folder holds the adapters, and
+    It is an ordinary checkpoint, CATS unless the method is dense. Where adapters are kept, the folder holds them, and
     the model that they were trained on in the folder ``base`` inside it, so that a program that knows nothing of
     adapters finds no model rather than half of one.
 
     Args:
         base: the model as it was before training, on the CPU, brought into the form of the method.
     """
-    model = attach_adapters(base, config.work / ADAPTER)
+    model = trained_model(base, config.training, config.work)
     with write_folder(config.out, force) as folder:
         if config.keep_adapters:
             model.peft_config["default"].base_model_name_or_path = str(config.out.resolve() / BASE)
@@ -175,6 +177,6 @@ def _export(base: Any, tokenizer: Any, config: FinetuneConfig, log: dict[str, An
             model.unload().save_pretrained(folder / BASE)
             tokenizer.save_pretrained(folder / BASE)
         else:
-            model.merge_and_unload().save_pretrained(folder)
+            (model.merge_and_unload() if config.training.parameters == "lora" else model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / LOG, log)

@@ -24,6 +24,7 @@ def evaluate(
     batch_size: int,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     wrapped: Any = None,
+    teacher: Any = None,
 ) -> dict[str, Any]:
     """Loss and perplexity a predicted token, and the sparsity on all tokens; each process computes its share.
 
@@ -33,17 +34,19 @@ def evaluate(
         batch_size: examples computed at a time.
         context: what to compute in, such as autocast.
         wrapped: what to call in place of ``model``, where a wrapper gathers its weights.
+        teacher: a dense model to compare predictions with.
 
     Returns:
-        loss (nats), perplexity, tokens (predicted); for instructions also accuracy, the share whose answer greedy
-        decoding gives token by token; for a sparse model also sparsity (gate, ffn, model) and layer_sparsity. The
-        same in every process. A model that diverged has a loss and perplexity of None.
+        loss (nats), perplexity, tokens (predicted); with a teacher also kl, KL(teacher || model) in nats; for
+        instructions also accuracy, the share whose answer greedy decoding gives token by token; for a sparse model also
+        sparsity (gate, ffn, model) and layer_sparsity. The same in every process. A model that diverged has a loss and
+        perplexity of None.
     """
     counter = SparsityCounter(model)
     rank, world = distributed.rank(), distributed.world_size()
     device = next(p.device for p in model.parameters())
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    loss, tokens, right = 0.0, 0, 0
+    loss, divergence, tokens, right = 0.0, 0.0, 0, 0
     # where weights are sharded, every process must call the model equally often
     for round_ in range(math.ceil(len(batches) / world)):
         index = round_ * world + rank
@@ -54,11 +57,18 @@ def evaluate(
             logits = (wrapped or model)(**batch, use_cache=False).logits[:, :-1]
         if mine:
             wanted = labels != IGNORED
-            for where, (log_p,) in log_probabilities(wanted, logits):
+            compared = [logits]
+            if teacher is not None:
+                with context():
+                    compared.append(teacher(**batch, use_cache=False).logits[:, :-1])
+            for where, (log_p, *others) in log_probabilities(wanted, *compared):
                 loss += float(F.nll_loss(log_p, labels[where], reduction="sum"))
+                for log_q in others:
+                    divergence += float(F.kl_div(log_p, log_q, log_target=True, reduction="sum"))
                 tokens += len(log_p)
             right += int(((logits.argmax(-1) == labels) | ~wanted).all(1).sum())
-    losses, all_tokens, rights = zip(*distributed.gather((loss, tokens, right)), strict=True)
+    parts = distributed.gather((loss, divergence, tokens, right))
+    losses, divergences, all_tokens, rights = zip(*parts, strict=True)
     tokens = sum(all_tokens)
     mean = sum(losses) / tokens
     counts = distributed.add_counts(distributed.gather(counter.counts()))
@@ -67,6 +77,8 @@ def evaluate(
         "perplexity": exp(mean) if math.isfinite(exp(mean)) else None,
         "tokens": tokens,
     }
+    if teacher is not None:
+        measurement["kl"] = sum(divergences) / tokens if math.isfinite(sum(divergences)) else None
     if any(bool((example["labels"] == IGNORED).any()) for example in examples):
         measurement["accuracy"] = sum(rights) / len(examples)
     if counts:

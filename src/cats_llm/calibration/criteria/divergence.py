@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cats_llm.calibration.batches import run_decoder
 from cats_llm.distributed import sum_over_processes
-from cats_llm.model.predictions import log_probabilities
+from cats_llm.model.predictions import kl_divergence, log_probabilities
 from cats_llm.model.sparsify import as_dense
 
 # positions at a time, whose float32 sum is what is added up
@@ -23,10 +23,7 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def divergence(logits: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Sum over tokens of KL(expected || logits), float64 (), differentiable by logits; padding is left out."""
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for _, (log_p, log_q) in log_probabilities(counted_tokens(inputs), logits, expected, rows=_ROWS):
-        total = total + F.kl_div(log_p, log_q, log_target=True, reduction="sum").double()
-    return total
+    return kl_divergence(counted_tokens(inputs), logits, expected, rows=_ROWS)
 
 
 @torch.no_grad()
