@@ -303,8 +303,8 @@ def check_name(name: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_file():
         raise CatsError(
-            f"{name} is a file, but not in GGUF; a model is a folder with config.json and weights, a GGUF file, or a name "
-            "on the hub."
+            f"{name} is a file, but not in GGUF; a model is a folder with config.json and weights, a GGUF file, or a "
+            "name on the hub."
         )
     if folder.is_dir():
         check_files(read_folder(folder, links_may_leave=True))

@@ -85,12 +85,13 @@ def sparsify_model(
     check_reads_text(skeleton)
     find_gated_mlps(skeleton)
     target.gate_sparsity(skeleton)  # refuses a number of bytes that cannot be had
+    choice = None
+    if config.profile is not None:
+        choice = find_config(skeleton, Profile.load(config.profile), target)
     with as_folder(source, out) as folder:
         check_source(folder.path, out, with_weights=not folder.temporary)
         unused = check_tensors(skeleton, folder.path)
-        if config.profile is not None:
-            choice = find_config(skeleton, Profile.load(config.profile), target)
-        else:
+        if choice is None:
             model, tokenizer = folder.source.load(), folder.source.tokenizer()
             if folder.temporary:
                 model.config.name_or_path = source.model  # for the record

@@ -36,7 +36,7 @@ def command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"Of the weights of a GGUF file: {', '.join(DTYPE_NAMES)}. Default: its own, bfloat16 if it is quantised.",
+            help=f"Of a GGUF file's weights: {', '.join(DTYPE_NAMES)}. Default: its own, bfloat16 if quantised.",
             show_default=False,
         ),
     ] = None,

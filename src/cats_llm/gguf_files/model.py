@@ -17,6 +17,7 @@ from cats_llm.model.architecture import build_skeleton, model_class
 
 _DTYPES = {0: "float32", 1: "float16", 30: "bfloat16"}  # the GGML types of plain numbers
 _QUANTISED = "bfloat16"
+_CONFIGS: dict[tuple[Any, ...], Any] = {}
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -100,8 +101,13 @@ def _dense() -> dict[str, Any]:
 def _skeleton(gguf: GgufModel, name: str, file: Path) -> Any:
     from transformers import AutoConfig
 
-    with _sentences(gguf, name):
-        read = AutoConfig.from_pretrained(str(file.parent), gguf_file=str(file))
+    # reading a vocabulary takes seconds, and one command asks several times
+    state = [(part.path.resolve(), part.path.stat()) for part in gguf.parts]
+    key = tuple((path, facts.st_mtime_ns, facts.st_size) for path, facts in state)
+    if key not in _CONFIGS:
+        with _sentences(gguf, name):
+            _CONFIGS[key] = AutoConfig.from_pretrained(str(file.parent), gguf_file=str(file))
+    read = _CONFIGS[key]
     config = type(read).from_dict(_without_format(read.to_dict()))
     config.name_or_path = name
     set_rope(config, gguf, name)

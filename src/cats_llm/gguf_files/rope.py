@@ -50,11 +50,11 @@ def _scaling(gguf: GgufModel, name: str) -> dict[str, Any]:
     entries = {key.removeprefix(prefix): value for key, value in gguf.metadata.items() if key.startswith(prefix)}
     factor = entries.get("scaling.factor", entries.get("scale_linear"))
     kind = entries.get("scaling.type", "linear" if factor is not None else "none")
-    if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
+    if kind == "none" or (kind == "linear" and (factor is None or factor in (0.0, 1.0))):
         return {}
     original = entries.get("scaling.original_context_length")
     more = [key for key in entries if key.startswith(("scaling.yarn", "scaling.attn", "scaling.alpha"))]
-    if kind == "linear" and not more:
+    if kind == "linear" and factor is not None and not more:
         return {"rope_type": "linear", "factor": float(factor)}
     if kind == "yarn" and factor is not None and original is not None and not more:
         return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": int(original)}
