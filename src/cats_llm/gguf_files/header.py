@@ -100,6 +100,8 @@ def read_header(path: Path, block_of: Callable[[int], tuple[int, int] | None]) -
             _check_start(path, start)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Parser(path, content).header(block_of)
+    except CatsError:
+        raise
     except FileNotFoundError as error:
         raise CatsError(f"there is no file {path}.") from error
     except OSError as error:

@@ -81,9 +81,7 @@ def read_gguf(path: Path) -> GgufModel:
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError as error:
-        raise CatsError(
-            f"{path} is a GGUF file, which needs the package gguf: pip install 'cats-llm[gguf]'."
-        ) from error
+        raise CatsError(f"{path} is in GGUF, which needs the package gguf: pip install 'cats-llm[gguf]'.") from error
     blocks = {int(kind): (int(weights), int(size)) for kind, (weights, size) in GGML_QUANT_SIZES.items()}
     header = read_header(path, blocks.get)
     count = header.metadata.get("split.count", 0)
