@@ -281,7 +281,7 @@ class TestAPlainModel:
 
 
 class TestTokenizer:
-    TEXTS = (PROSE, "  Two  spaces,\n\na line</s><s>, naïve café 12345 – “quotes” 日本\t\U0001f98a.")
+    TEXTS = (PROSE, "Two  spaces,\n\na line</s><s>, naïve café 12345 – “quotes” 日本\t\U0001f98a.")
 
     def test_it_is_the_one_of_the_file(self, file):
         ours, truth = load_tokenizer(str(file)), AutoTokenizer.from_pretrained(bundled.model_path())

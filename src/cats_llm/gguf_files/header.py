@@ -6,7 +6,7 @@ of each tensor its name, sizes, type and offset; and the data, each tensor at a 
 
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -69,6 +69,24 @@ class GgufHeader:
     tensor_table: tuple[tuple[int, int], ...]
     version: int
     alignment: int
+
+    def strings(self, key: str, places: Collection[int]) -> dict[int, str]:
+        """The strings at some places of an array, by their place; those beyond its end are left out."""
+        found: dict[int, str] = {}
+        start, end = self.entries[key]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start)
+        position = 8 + len(key.encode()) + 4 + 4  # after the key, the type and that of the elements
+        number = struct.unpack_from("<Q", content, position)[0]
+        position += 8
+        for i in range(min(number, max(places, default=-1) + 1)):
+            length = struct.unpack_from("<Q", content, position)[0]
+            position += 8
+            if i in places:
+                found[i] = content[position : position + length].decode("utf-8")
+            position += length
+        return found
 
 
 def is_gguf(path: Path) -> bool:

@@ -18,6 +18,9 @@ from cats_llm.model.architecture import build_skeleton, model_class
 _DTYPES = {0: "float32", 1: "float16", 30: "bfloat16"}  # the GGML types of plain numbers
 _QUANTISED = "bfloat16"
 _CONFIGS: dict[tuple[Any, ...], Any] = {}
+_TOKENIZER = "tokenizer.ggml."
+_TOKENS = f"{_TOKENIZER}tokens"
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -82,12 +85,21 @@ def load_gguf_tokenizer(gguf: GgufModel, name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not gguf.metadata.get("tokenizer.ggml.tokens"):
-        raise CatsError(f"{name} holds no tokenizer (tokenizer.ggml.tokens); take a file that has one.")
+    if not gguf.metadata.get(_TOKENS):
+        raise CatsError(f"{name} holds no tokenizer ({_TOKENS}); take a file that has one.")
+    added: dict[str, Any] = _special_tokens(gguf)  # which older versions of transformers read otherwise
+    added |= {f"add_{end}_token": True for end in ("bos", "eos") if gguf.metadata.get(f"{_TOKENIZER}add_{end}_token")}
     with gguf.one_file(with_data=False) as file, _sentences(gguf, name):
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=str(file))
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=str(file), **added)
     tokenizer.name_or_path = name
     return tokenizer
+
+
+def _special_tokens(gguf: GgufModel) -> dict[str, str]:
+    ids = {ours: gguf.metadata.get(f"{_TOKENIZER}{theirs}_token_id") for ours, theirs in _SPECIAL.items()}
+    named = {name: number for name, number in ids.items() if isinstance(number, int)}
+    tokens = gguf.parts[0].strings(_TOKENS, named.values())
+    return {name: tokens[number] for name, number in named.items() if number in tokens}
 
 
 def _dense() -> dict[str, Any]:
