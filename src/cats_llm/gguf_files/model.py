@@ -87,10 +87,13 @@ def load_gguf_tokenizer(gguf: GgufModel, name: str) -> Any:
 
     if not gguf.metadata.get(_TOKENS):
         raise CatsError(f"{name} holds no tokenizer ({_TOKENS}); take a file that has one.")
-    added: dict[str, Any] = _special_tokens(gguf)  # which older versions of transformers read otherwise
-    added |= {f"add_{end}_token": True for end in ("bos", "eos") if gguf.metadata.get(f"{_TOKENIZER}add_{end}_token")}
+    # older versions of transformers pass over these, and take other special tokens
+    added = {f"add_{end}_token": True for end in ("bos", "eos") if gguf.metadata.get(f"{_TOKENIZER}add_{end}_token")}
     with gguf.one_file(with_data=False) as file, _sentences(gguf, name):
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=str(file), **added)
+    for special, token in _special_tokens(gguf).items():
+        if getattr(tokenizer, special) != token:
+            setattr(tokenizer, special, token)
     tokenizer.name_or_path = name
     return tokenizer
 
