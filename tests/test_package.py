@@ -32,12 +32,14 @@ MAY_IMPORT = {
     "rows": set(),
     "chat": set(),
     "text": {"chat", "rows"},
-    "loading": {"model"},
+    "gguf_files": {"model"},
+    "loading": {"gguf_files", "model"},
+    "conversion": {"gguf_files", "loading"},
     "bundled": set(),
     "inspection": {"bundled", "calibration", "evaluation", "integrations", "loading", "model"},
     "continuation": {"chat", "integrations", "model"},
     "benchmark": {"calibration", "integrations", "kernels", "loading", "model"},
-    "calibration": {"kernels", "loading", "model", "text"},
+    "calibration": {"conversion", "kernels", "loading", "model", "text"},
     "evaluation": {"calibration", "kernels", "loading", "model", "text"},
     "training": {"calibration", "chat", "evaluation", "loading", "model", "rows", "text"},
     "report": {"calibration"},
@@ -52,7 +54,7 @@ def test_import_is_light():
         "from transformers import PreTrainedModel\n"  # which brings Triton along where it is installed
         "before = set(sys.modules)\n"
         "import cats_llm\n"
-        "heavy = {'matplotlib', 'lm_eval', 'datasets', 'pyarrow', 'peft', 'typer', 'rich', 'triton'}\n"
+        "heavy = {'matplotlib', 'lm_eval', 'datasets', 'pyarrow', 'peft', 'typer', 'rich', 'triton', 'gguf'}\n"
         "print(sorted(heavy & (set(sys.modules) - before)), torch.cuda.is_initialized())"
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

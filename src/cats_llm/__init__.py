@@ -16,6 +16,8 @@ from cats_llm.checkpoint.token_policy import TokenPolicy
 from cats_llm.errors import CatsError
 from cats_llm.integrations.generation import graph_decode
 from cats_llm.integrations.transformers import register
+from cats_llm.loading import load_model as load
+from cats_llm.loading import load_tokenizer
 from cats_llm.model.decode_linear import use_decode_linears
 from cats_llm.model.sparse_mlp import SparseMLP
 from cats_llm.model.sparsify import as_dense, densify, sparse_mlps, sparsify, thresholds
@@ -38,6 +40,8 @@ __all__ = [
     "find_gated_mlps",
     "fit",
     "graph_decode",
+    "load",
+    "load_tokenizer",
     "sparse_mlps",
     "sparsify",
     "thresholds",

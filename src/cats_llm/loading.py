@@ -18,6 +18,9 @@ from cats_llm.checkpoint.folder import LEFT_OUT, check_files, read_folder
 from cats_llm.checkpoint.tensors import check_keys
 from cats_llm.dtypes import DTYPE_NAMES
 from cats_llm.errors import CatsError, first_line
+from cats_llm.gguf_files.header import is_gguf
+from cats_llm.gguf_files.model import load_gguf_model, load_gguf_skeleton, load_gguf_tokenizer
+from cats_llm.gguf_files.parts import read_gguf
 from cats_llm.model.architecture import build_skeleton, model_class
 from cats_llm.model.sparsify import thresholds
 from cats_llm.model.structure import quantization_of
@@ -46,7 +49,12 @@ def parse_device(text: str) -> str:
     return text
 
 
-def _dtype(text: str) -> str:
+def parse_dtype(text: str) -> str:
+    """The text itself, if it names a dtype of weights, or auto.
+
+    Raises:
+        CatsError: it does not.
+    """
     if text not in DTYPE_NAMES:
         raise CatsError(f"{text!r} is none of {', '.join(DTYPE_NAMES)}.")
     return text
@@ -63,7 +71,10 @@ def _device_option() -> Any:
 
 def _dtype_option() -> Any:
     return option(
-        "auto", help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own.", parse=_dtype, panel=Panel.DATA
+        "auto",
+        help=f"{', '.join(DTYPE_NAMES)}; auto is the checkpoint's own, bfloat16 of quantised GGUF.",
+        parse=parse_dtype,
+        panel=Panel.DATA,
     )
 
 
@@ -79,7 +90,7 @@ class Placement:
 class ModelSource:
     """Which model, and in what form it is loaded."""
 
-    model: str = option(help="A folder, or a name on the hub.", positional=True, metavar="MODEL")
+    model: str = option(help="A folder, a GGUF file, or a name on the hub.", positional=True, metavar="MODEL")
     revision: str | None = option(None, help="Branch, tag or commit of a model on the hub.", panel=Panel.DATA)
     trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.", panel=Panel.DATA)
     device: str | None = _device_option()
@@ -114,18 +125,25 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A model from the hub or a folder, dense or CATS, of the class that it was saved as, in eval mode.
+    """A model from the hub, a folder or a GGUF file, dense or CATS, of the class that it was saved as, in eval mode.
 
-    A folder of PEFT adapters gives the model that they belong to with the adapters in it.
+    A folder of PEFT adapters gives the model that they belong to with the adapters in it. The weights of a GGUF file
+    are dequantised: it gives an ordinary dense model.
 
     Args:
-        name: of the hub, or a folder.
-        dtype: one of `dtypes.DTYPE_NAMES`; "auto" is the checkpoint's own.
-        device: "cpu", "cuda", "cuda:1" ..., or "auto" to spread the model over all there are.
+        name: of the hub, a folder, or a GGUF file or any part of a split one.
+        dtype: one of `dtypes.DTYPE_NAMES`; "auto" is the checkpoint's own, bfloat16 of a quantised GGUF file.
+        device: "cpu", "cuda", "cuda:1" ..., or "auto" to spread the model over all there are. Default: the GPU if
+            there is one.
+        revision: branch, tag or commit of a model on the hub; nothing to a model that is here.
+        trust_remote_code: run code that comes with the checkpoint; a GGUF file has none.
 
     Raises:
         CatsError: it does not exist, is damaged, lacks weights, or is of no class that transformers has.
     """
+    if (file := gguf_file(name)) is not None:
+        with _loading_errors(name):
+            return load_gguf_model(read_gguf(file), name, dtype, device or default_device()).eval()
     if (Path(name).expanduser() / _ADAPTERS).is_file():
         folder = Path(name).expanduser()
         base = load_model(_base_of(folder), dtype, device, None, trust_remote_code)
@@ -147,6 +165,20 @@ def load_model(
     check_keys(info, name)
     check_sparse(model, name)
     return model.eval()
+
+
+def gguf_file(name: str) -> Path | None:
+    """The path of a model in GGUF; None if the name is of one in another form.
+
+    Raises:
+        CatsError: it is the name of one on the hub.
+    """
+    path = Path(name).expanduser()
+    if not is_gguf(path):
+        return None
+    if not path.exists() and name.count("/") > 1 and not name.startswith((".", "/", "~")):
+        raise CatsError(f"there is no file {name}; one on the hub is downloaded first: hf download OWNER/NAME FILE.")
+    return path
 
 
 def _base_of(folder: Path) -> str:
@@ -194,6 +226,9 @@ def attach_adapters(model: Any, folder: Path) -> Any:
 
 def load_skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The dense model's structure on the meta device: shapes and names without weights."""
+    if (file := gguf_file(name)) is not None:
+        with _loading_errors(name):
+            return load_gguf_skeleton(read_gguf(file), name)
     check_name(name)
     with _loading_errors(name), torch.device("meta"):
         return build_skeleton(_load_config(name, revision, trust_remote_code), trust_remote_code)
@@ -220,7 +255,7 @@ def _load_config(name: str, revision: str | None, trust_remote_code: bool) -> An
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer.
+    """The tokenizer of a model from the hub, a folder or a GGUF file, with its chat template.
 
     Raises:
         CatsError: there is none.
@@ -229,6 +264,9 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
     if (Path(name).expanduser() / _ADAPTERS).is_file():
         name = _base_of(Path(name).expanduser())
+    if (file := gguf_file(name)) is not None:
+        with _loading_errors(f"the tokenizer of {name}"):
+            return load_gguf_tokenizer(read_gguf(file), name)
     check_name(name)
     with _loading_errors(f"the tokenizer of {name}"):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -238,7 +276,7 @@ def checkpoint_folder(name: str, revision: str | None = None) -> Path:
     """The folder of a model's files, downloaded from the hub if need be.
 
     Raises:
-        CatsError: there is none, or it is damaged.
+        CatsError: there is none, or it is damaged, or the model is a GGUF file, which `conversion` makes a folder of.
     """
     check_name(name)
     if Path(name).expanduser().is_dir():
@@ -264,7 +302,10 @@ def check_name(name: str) -> None:
     """
     folder = Path(name).expanduser()
     if folder.is_file():
-        raise CatsError(f"{name} is a file; a model is a folder with config.json and weights, or a name on the hub.")
+        raise CatsError(
+            f"{name} is a file, but not in GGUF; a model is a folder with config.json and weights, a GGUF file, or a "
+            "name on the hub."
+        )
     if folder.is_dir():
         check_files(read_folder(folder, links_may_leave=True))
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -52,7 +52,7 @@ def write_file(path: str | Path, force: bool = False) -> Iterator[Path]:
     check_output(path, force)
     if path.is_dir():
         raise CatsError(f"{path} is a folder; give the name of a file.")
-    with _disk_errors(path), _temporary_folder(path) as folder:
+    with _disk_errors(path), temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
         _to_disk(temporary)
@@ -72,7 +72,7 @@ def write_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     check_output(path, force)
     if path.exists() and not path.is_dir():
         raise CatsError(f"{path} is a file; give the name of a folder.")
-    with _disk_errors(path), _temporary_folder(path) as folder:
+    with _disk_errors(path), temporary_folder(path) as folder:
         temporary, old = folder / "new", folder / "old"
         temporary.mkdir()
         yield temporary
@@ -100,7 +100,8 @@ def command_line() -> str:
 
 
 @contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path``, hidden, that is removed at the end of the block."""
     # beside its place: a rename works only within one file system
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.resolve().parent))
     try:

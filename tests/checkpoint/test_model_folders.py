@@ -313,7 +313,7 @@ class TestNoModelHere:
         [
             ("tf_model.h5", r"but tf_model\.h5: .*transformers 4"),
             ("flax_model.msgpack", r"flax_model\.msgpack"),
-            ("small.gguf", r"but small\.gguf: a model for llama\.cpp"),
+            ("small.gguf", r"but small\.gguf: a model in GGUF: pass .*small\.gguf as the model"),
             ("params.json", r"but params\.json: .*layout"),
             ("consolidated.00.pth", r"consolidated\.00\.pth"),
             ("adapter_config.json", "adapters"),

@@ -9,6 +9,7 @@ from cats_llm.calibration.profile import Profile
 from cats_llm.calibration.sampling import Sampling
 from cats_llm.checkpoint.tensors import check_tensors
 from cats_llm.checkpoint.write import Written, check_source, write_checkpoint
+from cats_llm.conversion import as_folder
 from cats_llm.errors import UsageError
 from cats_llm.loading import ModelSource
 from cats_llm.model.architecture import check_reads_text
@@ -83,17 +84,21 @@ def sparsify_model(
     skeleton = source.skeleton()
     check_reads_text(skeleton)
     find_gated_mlps(skeleton)
-    folder = source.folder()
-    check_source(folder, out)
-    unused = check_tensors(skeleton, folder)
     target.gate_sparsity(skeleton)  # refuses a number of bytes that cannot be had
+    choice = None
     if config.profile is not None:
         choice = find_config(skeleton, Profile.load(config.profile), target)
-    else:
-        model, tokenizer = source.load(), source.tokenizer()
-        text = TextSource(str(config.data), config.rows)
-        shown = track if target.profile_is_enough else untracked
-        batches = config.sampling.batches(text, tokenizer, model, shown)
-        choice = find_config(model, batches, target, data=config.data, tokenizer=tokenizer, notify=notify)
-    written = write_checkpoint(folder, out, choice.config, force)
+    with as_folder(source, out) as folder:
+        check_source(folder.path, out, with_weights=not folder.temporary)
+        unused = check_tensors(skeleton, folder.path)
+        if choice is None:
+            model, tokenizer = folder.source.load(), folder.source.tokenizer()
+            if folder.temporary:
+                model.config.name_or_path = source.model  # for the record
+            text = TextSource(str(config.data), config.rows)
+            shown = track if target.profile_is_enough else untracked
+            batches = config.sampling.batches(text, tokenizer, model, shown)
+            choice = find_config(model, batches, target, data=config.data, tokenizer=tokenizer, notify=notify)
+            del model
+        written = write_checkpoint(folder.path, out, choice.config, force, link=folder.temporary)
     return SparsifiedModel(choice, sparsity_of(skeleton, choice.config.layer_sparsity), written, unused)

@@ -286,7 +286,7 @@ def _elsewhere(path: Path) -> str | None:
     for patterns, meaning in (
         (("*.distcp",), "a checkpoint of several processes; load and save it once with transformers"),
         (("*.h5", "*.msgpack", "*.ot"), "weights for TensorFlow, Flax or Rust; convert them with transformers 4"),
-        (("*.gguf",), "a model for llama.cpp; take the model that it was made from, with its safetensors files"),
+        (("*.gguf",), "a model in GGUF: pass {file} as the model"),
         (
             ("consolidated*", "params.json"),
             "weights in their maker's own layout; take or convert to the layout of transformers",
@@ -294,6 +294,7 @@ def _elsewhere(path: Path) -> str | None:
         (("*.safetensors", "*.bin"), "weights, but neither model.safetensors nor the index that names the parts"),
     ):
         if name := first(*patterns):
+            meaning = meaning.format(file=path / name)
             return f"{path} holds no model that transformers loads, but {name}: {meaning}."
     return None
 

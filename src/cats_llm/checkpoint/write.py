@@ -32,31 +32,37 @@ class Written:
     left_out: dict[str, int]
 
 
-def check_source(source: Path, out: Path) -> ModelFolder:
+def check_source(source: Path, out: Path, with_weights: bool = True) -> ModelFolder:
     """Refuse, before any long work, a model that could not become a CATS checkpoint in the folder ``out``.
+
+    Args:
+        with_weights: the disk needs room for the weights; not where they are linked.
 
     Raises:
         CatsError: as `write_checkpoint`.
     """
-    folder = _check_copy(source, out)
+    folder = _check_copy(source, out, with_weights)
     method = _method(folder, QUANT_METHOD)
     if method != QUANT_METHOD:
         raise CatsError(f"{source} is already quantised with {method}; start from the unquantised model.")
     return folder
 
 
-def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = False) -> Written:
+def write_checkpoint(source: Path, out: Path, config: CatsConfig, force: bool = False, link: bool = False) -> Written:
     """Copy the model's folder ``source`` to ``out``, put ``config`` into its config.json and its vectors beside it.
 
     All files are copied as they are, those of subfolders too, but what `read_folder` leaves out.
+
+    Args:
+        link: let the weight files be hard links, see `write_dense_checkpoint`.
 
     Raises:
         CatsError: ``source`` is quantised by another method, holds no weights or leads out of itself, the config's
             vectors are not read yet, or ``out`` cannot be written. ``out`` is then as it was.
     """
-    folder = check_source(source, out)
+    folder = check_source(source, out, with_weights=not link)
     entry = config.to_dict()
-    return _write_copy(folder, out, force, lambda text: set_entry(text, _ENTRY, entry), vectors=config.vectors)
+    return _write_copy(folder, out, force, lambda text: set_entry(text, _ENTRY, entry), link, config.vectors)
 
 
 def write_dense_checkpoint(source: Path, out: Path, force: bool = False, link: bool = False) -> Written:
