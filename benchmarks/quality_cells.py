@@ -18,6 +18,7 @@ from cats_llm.calibration.criteria.search import find_config
 from cats_llm.calibration.criteria.target import SparsityTarget
 from cats_llm.checkpoint.config import CatsConfig
 from cats_llm.checkpoint.layer_tensors import FILE, write_layer_tensors
+from cats_llm.errors import CatsError
 from cats_llm.evaluation.baselines.input_mask import InputConfig, decoder_linears
 from cats_llm.evaluation.method_data import MethodData
 from cats_llm.evaluation.methods import METHODS, method
@@ -177,6 +178,8 @@ class Fits:
     def _fitted(self, cell: Cell, k: float) -> CatsConfig | InputConfig:
         """Learned now, and kept; seconds of it go into its record."""
         args, begun = self.args, time.perf_counter()
+        if args.assemble:
+            raise CatsError(f"{args.out / 'configs' / cell.folder} is not there; run the same without --assemble.")
         text = f"{cell.source}: {args.samples} sequences" if cell.source else f"{args.samples} sequences"
         text += f", draw {cell.draw}"
         config: Any

@@ -4,6 +4,7 @@
 
 Several files are joined, as of two runs with other tasks. Perplexity is shown as its increase over the dense model's,
 with the paired 95 % interval; the figure draws the same as a difference of log-perplexities, in nats a token.
+`--brief FILE` writes a result without what each layer and each part of a task did, which is most of it.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cats_llm.number_format import MISSING, percent, signed
+from cats_llm.outputs import write_json
 
 Row = dict[str, Any]
 
@@ -70,6 +72,21 @@ class Results:
             return name != "dense", not asked, place, value
 
         return sorted(self.variants, key=key)
+
+
+def brief(file: Path) -> dict[str, Any]:
+    """A result without its details by layer, linear layer and part of a task; `cats report` reads it as before."""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    details = ("thresholds", "layer_sparsity", "linear_thresholds", "linear_sparsity", "parts")
+    result["variants"] = [{**v, **{key: type(v[key])() for key in details if v.get(key)}} for v in result["variants"]]
+    result["results"] = [
+        {**row, **{key: {} for key in details if key in row}}
+        for row in result["results"]
+        if row["metric"] not in ("word_perplexity", "byte_perplexity")
+    ]
+    doubled = ("word_perplexity", "byte_perplexity", "kl", "top1_agreement")
+    result["against_cats"] = [row for row in result.get("against_cats", []) if row["metric"] not in doubled]
+    return result
 
 
 def increase(row: Row) -> str:
@@ -143,16 +160,19 @@ def figure(results: Results, methods: list[str]) -> Any:
     with style.style():
         drawn, panels = style.panels(len(results.texts), 3, True, height=3.2)
         for axes, text in zip(panels, results.texts, strict=True):
-            dense = results.rows["dense", text, "perplexity"]["value"]
+            dense, heights = results.rows["dense", text, "perplexity"]["value"], []
             for title, names in lines.items():
                 rows = [(results.skipped(name), results.rows.get((name, text, "perplexity"))) for name in names]
-                points = sorted((x, math.log(row["value"] / dense)) for x, row in rows if row and row["value"])
-                points = [(100 * x, y) for x, y in points if y > 0]
-                axes.plot([x for x, _ in points], [y for _, y in points], **looks[title].marked)
-            axes.set_yscale("log")
+                # what is no worse than dense has no place on a logarithmic axis
+                points = sorted(
+                    (100 * x, math.log(r["value"] / dense)) for x, r in rows if r and (r["value"] or 0) > dense
+                )
+                axes.plot([x for x, _ in points], [y for _, y in points], **looks[title].marked, clip_on=False)
+                heights += [y for _, y in points]
             axes.set_title(text)
             axes.set_xlim(0, 100)
             axes.set_xticks(range(0, 101, 25))
+            style.value_axis(axes, heights, from_zero=False)
         drawn.supxlabel("bytes of the decoder layers' linear weights that a token does not read, %", fontsize=9)
         drawn.supylabel("increase of log-perplexity, nats a token", fontsize=9)
         style.legend(drawn, {title: look.marked for title, look in looks.items()})
@@ -166,14 +186,21 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, help="Markdown; default: on stdout")
     parser.add_argument("--figure", type=Path, help=".svg or .png")
     parser.add_argument("--methods", default="", help="only these in the figure, separated by commas")
+    parser.add_argument("--brief", type=Path, help=".json")
     args = parser.parse_args(words)
     results = Results(args.results)
     if args.table:
         args.table.write_text(table(results), encoding="utf-8")
     else:
         print(table(results), end="")
+    if args.brief:
+        write_json(args.brief, brief(args.results[0]), force=True)
     if args.figure:
-        figure(results, [name for name in args.methods.split(",") if name]).savefig(args.figure)
+        from cats_llm.report.style import style
+
+        drawn = figure(results, [name for name in args.methods.split(",") if name])
+        with style(**{"svg.fonttype": "none", "svg.hashsalt": "quality"}):  # equal results are equal files
+            drawn.savefig(args.figure, metadata={"Date": None} if args.figure.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 
 from cats_llm import bundled
 from cats_llm.errors import CatsError
+from cats_llm.report.results import read_eval
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WORDS = [
@@ -149,6 +150,18 @@ def test_workers_measure_everything_and_assembling_computes_nothing(quality, mea
         assert again[key] == result[key]
     with pytest.raises(CatsError, match="lacks a measurement; run the same command without --assemble"):
         quality[0].main([*RUN, "--out", str(tmp_path), "--assemble"])
+
+
+def test_a_brief_result_is_still_one(quality, measured, tmp_path):
+    out, result = measured
+    whole, short = out / "quality.json", tmp_path / "brief.json"
+    quality[2].main([str(whole), "--table", str(tmp_path / "whole.md"), "--brief", str(short)])
+    quality[2].main([str(short), "--table", str(tmp_path / "short.md")])
+    assert (tmp_path / "short.md").read_text() == (tmp_path / "whole.md").read_text()
+    assert short.stat().st_size < whole.stat().st_size / 2
+    read = read_eval(json.loads(short.read_text(encoding="utf-8")), short)
+    assert [variant.name for variant in read.variants] == [variant["name"] for variant in result["variants"]]
+    assert read.row("norm k=0.5", "story", "perplexity").difference.p is not None
 
 
 def test_int8_is_the_nearest_of_255_values_a_row(quality):
