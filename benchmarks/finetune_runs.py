@@ -199,7 +199,10 @@ class Bench:
         if key not in self.configs:
             target = SparsityTarget(sparsity=run.sparsity, criterion=run.criterion)
             text = [part.long() for part in self.tokens.calibration.ids.split(4)]
-            self.configs[key] = find_config(self.model, text, target, data="set aside from the training text").config
+            config = find_config(self.model, text, target, data="set aside from the training text").config
+            # results are for others: no path of this machine
+            config.calibration["model"] = Path(self.args.model).name
+            self.configs[key] = config
         return self.configs[key]
 
     @property

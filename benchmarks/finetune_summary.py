@@ -30,8 +30,8 @@ def summarise(out: Path) -> None:
     logs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "runs").glob("*.json"))]
     logs.sort(key=_place)
     finished = [log for log in logs if log["group"] != SEARCH]
-    if not logs:
-        raise CatsError(f"{out / 'runs'} holds no run; begin with --group {SEARCH}.")
+    if not logs or not (out / "base.json").exists():
+        raise CatsError(f"{out} holds no run in runs/, or no base.json beside it; begin with --group {SEARCH}.")
     base = json.loads((out / "base.json").read_text(encoding="utf-8"))
     results = {
         "format": formats.FINETUNING_RUNS,

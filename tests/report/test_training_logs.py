@@ -59,6 +59,19 @@ def test_the_page_shows_curves_and_ends(tmp_path, capsys):
     assert "| relu | 0.001 | 100 |" in capsys.readouterr().out
 
 
+def test_runs_of_one_method_are_told_apart(tmp_path):
+    usual = {"learning_rate": 1e-3, "parameters": "lora", "loss": "cross-entropy"}
+    for changes, name in (
+        ({}, "cats k=0.7"),
+        ({"parameters": "mlp"}, "cats k=0.7, mlp"),
+        ({"parameters": "mlp", "loss": "distillation"}, "cats k=0.7, mlp, distillation"),
+    ):
+        made = log(settings=usual | changes)
+        assert [run.name for run in read(made, tmp_path)] == [name]
+        # a benchmark has given its runs names of its own
+        assert [run.name for run in read(several(made), tmp_path)] == ["cats k=0.7"]
+
+
 @pytest.mark.parametrize("wide", [True, False])
 def test_the_curves_are_the_measurements(tmp_path, wide):
     groups = [log(group="chosen"), log("relu", 30.0, 25.0, 0.6, group="chosen"), log(end=19.0, group="paper's")]

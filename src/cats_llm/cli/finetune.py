@@ -1,4 +1,4 @@
-"""`cats finetune`: LoRA through the thresholds, and a checkpoint of what comes out."""
+"""`cats finetune`: training through the thresholds, and a checkpoint of what comes out."""
 
 import sys
 from typing import Annotated
@@ -13,10 +13,11 @@ _DTYPE = "Of the base model: bfloat16 or float32; auto: bfloat16 on a GPU that h
 
 
 def command(config: Annotated[FinetuneConfig, Change(helps={"dtype": _DTYPE})], results: Results) -> None:
-    """Recover quality: train LoRA adapters on a CATS, ReLUfied or dense model, and write the result as a checkpoint.
+    """Recover quality: train a CATS, ReLUfied or dense model, and write the result as a checkpoint.
 
-    The defaults are the paper's settings. For several GPUs, start it with `accelerate launch -m cats_llm.cli.main
-    finetune ...` or torchrun; the batch is divided among them.
+    The defaults are the paper's settings: LoRA adapters, learning the text. --parameters mlp trains all weights of the
+    MLPs, --loss distillation learns from the dense model's predictions. For several GPUs, start it with `accelerate
+    launch -m cats_llm.cli.main finetune ...` or torchrun; the batch is divided among them.
 
     Example: **cats finetune mistralai/Mistral-7B-v0.1 mistral-cats70 --sparsity 0.7 --data tiiuae/falcon-refinedweb
     --text-column content**

@@ -59,8 +59,10 @@ def read_training(values: dict[str, Any], path: Path) -> list[TrainingRun]:
             f"{path} is a fine-tuning log of version {values.get('version')!r}; upgrade cats-llm to read it."
         )
     try:
-        logs = values["runs"] if values["format"] == FINETUNING_RUNS else [values]
-        runs = [_run(log, values) for log in logs]
+        if values["format"] == FINETUNING_RUNS:  # whose names set them apart
+            runs = [_run(log, values, str(log["name"])) for log in values["runs"]]
+        else:
+            runs = [_run(values, values, values["name"] + _changes(values["settings"]))]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CatsError(f"{path} is a fine-tuning log that is damaged; train again, or take it from OUT.") from error
     if not runs or not all(run.points for run in runs):
@@ -68,7 +70,13 @@ def read_training(values: dict[str, Any], path: Path) -> list[TrainingRun]:
     return runs
 
 
-def _run(log: dict[str, Any], file: dict[str, Any]) -> TrainingRun:
+def _changes(settings: dict[str, Any]) -> str:
+    """What sets a run apart from one with the paper's settings, beside its method."""
+    usual = (("parameters", "lora"), ("loss", "cross-entropy"))
+    return "".join(f", {settings[key]}" for key, value in usual if settings.get(key, value) != value)
+
+
+def _run(log: dict[str, Any], file: dict[str, Any], name: str) -> TrainingRun:
     points = [
         Point(
             int(entry["step"]),
@@ -80,7 +88,7 @@ def _run(log: dict[str, Any], file: dict[str, Any]) -> TrainingRun:
     rate = float(log["settings"]["learning_rate"])
     model = str(log.get("model") or file.get("model") or "a model")
     return TrainingRun(
-        str(log["name"]),
+        name,
         str(log.get("group") or short_name(model)),
         model,
         str(log["data"]["heldout"]),
@@ -93,8 +101,8 @@ def _run(log: dict[str, Any], file: dict[str, Any]) -> TrainingRun:
 def figures(runs: Sequence[TrainingRun]) -> list[PageFigure]:
     """One of all runs, if there are any."""
     caption = (
-        "Each line is one model while adapters are trained on it; step 0 is the model before. Perplexity is better "
-        "when lower. Sparsity drifts where its line is not level."
+        "Each line is one model while it is trained; step 0 is the model before. Perplexity is better when lower. "
+        "Sparsity drifts where its line is not level."
     )
     return [PageFigure("training", "Fine-tuning", [caption], partial(curves, runs))] if runs else []
 
