@@ -1,5 +1,6 @@
 """A GGUF model through transformers' own loading, made a plain one: dense weights, and no trace of the format."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -65,7 +66,18 @@ def load_gguf_model(gguf: GgufModel, name: str, dtype: str, device: str) -> Any:
     with gguf.one_file() as file, _sentences(gguf, name), _bars_as_elsewhere():
         config = _skeleton(gguf, name, file).config
         loaded, info = model_class(config).from_pretrained(
-            str(file.parent), gguf_file=str(file), config=config, dtype=chosen, output_loading_info=True, **_dense()
+            str(file.parent),
+            gguf_file=str(file),
+            config=config,
+            dtype=chosen,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_dense(),
+        )
+    for weight, stored, wanted in info["mismatched_keys"]:
+        raise CatsError(
+            f"{weight} in {name} has the shape {tuple(stored)}, but the file's metadata ask for {tuple(wanted)}; it is "
+            "damaged."
         )
     check_keys(info, name)
     # some versions of transformers mark it, in several places, as quantised; one from the state dict never was
@@ -125,6 +137,11 @@ def _skeleton(gguf: GgufModel, name: str, file: Path) -> Any:
     read = _CONFIGS[key]
     config = type(read).from_dict(_without_format(read.to_dict()))
     config.name_or_path = name
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > len(gguf.tensors):  # millions of them would take hours to build
+        raise CatsError(
+            f"{name} says that it has {layers} layers, but holds {len(gguf.tensors)} tensors; it is damaged."
+        )
     set_rope(config, gguf, name)
     with torch.device("meta"):
         skeleton = build_skeleton(config)
@@ -143,13 +160,11 @@ def _check_nothing_is_left(gguf: GgufModel, skeleton: Any, name: str) -> None:
     Raises:
         CatsError: it has not.
     """
-    layers = getattr(skeleton.config.get_text_config(), "num_hidden_layers", None) or 0
-    held = [
-        tensor
-        for tensor in gguf.tensors
-        # layers after the last predict several tokens at once, which a plain model does without
-        if tensor.name not in FREQUENCIES and not ((n := _LAYER.match(tensor.name)) and int(n[1]) >= layers > 0)
-    ]
+    # layers after the last, which predict several tokens at once; a plain model does without
+    more = gguf.metadata.get(f"{gguf.architecture}.nextn_predict_layers", 0)
+    last = getattr(skeleton.config.get_text_config(), "num_hidden_layers", 0) if more else math.inf
+    layer_of = {tensor.name: int(match[1]) for tensor in gguf.tensors if (match := _LAYER.match(tensor.name))}
+    held = [t for t in gguf.tensors if t.name not in FREQUENCIES and layer_of.get(t.name, -1) < last]
     buffers = {key: value for key, value in skeleton.named_buffers() if key in skeleton.state_dict()}
     taken = [*skeleton.parameters(), *buffers.values()]
     if sum(tensor.numel for tensor in held) <= sum(tensor.numel() for tensor in taken):
