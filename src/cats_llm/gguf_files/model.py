@@ -71,9 +71,10 @@ def load_gguf_model(gguf: GgufModel, name: str, dtype: str, device: str) -> Any:
     check_keys(info, name)
     # some versions of transformers mark it, in several places, as quantised; one from the state dict never was
     clean = type(loaded.config).from_dict(_without_format(loaded.config.to_dict()))
-    plain = type(loaded).from_pretrained(
-        None, config=clean, state_dict=loaded.state_dict(), dtype=chosen, device_map=device
-    )
+    with _sentences(gguf, name):
+        plain = type(loaded).from_pretrained(
+            None, config=clean, state_dict=loaded.state_dict(), dtype=chosen, device_map=device
+        )
     plain.name_or_path = plain.config.name_or_path = name
     return plain
 
@@ -195,8 +196,8 @@ def _sentences(gguf: GgufModel, name: str) -> Iterator[None]:
     except Exception as error:  # of other classes in other versions
         if re.search("not supported yet|Unknown gguf model_type", str(error)):
             raise CatsError(
-                f"{name} is of the architecture {gguf.architecture!r}, which this transformers does not read from GGUF; "
-                "take the model that the file was made from, or pip install --upgrade transformers."
+                f"{name} is of the architecture {gguf.architecture!r}, which this transformers does not read from "
+                "GGUF; take the model that the file was made from, or pip install --upgrade transformers."
             ) from error
         if "ignore_mismatched_sizes" in str(error):
             raise CatsError(f"{name} holds weights of other shapes than its metadata say; it is damaged.") from error
