@@ -43,7 +43,17 @@ MAY_IMPORT = {
     "evaluation": {"calibration", "kernels", "loading", "model", "text"},
     "training": {"calibration", "chat", "evaluation", "loading", "model", "rows", "text"},
     "report": {"calibration"},
-    "demo": {"bundled", "calibration", "continuation", "evaluation", "loading", "model", "report", "text"},
+    "demo": {
+        "bundled",
+        "calibration",
+        "continuation",
+        "conversion",
+        "evaluation",
+        "loading",
+        "model",
+        "report",
+        "text",
+    },
     "recipes": {"benchmark", "bundled", "calibration", "evaluation", "kernels", "loading", "model", "text", "training"},
 }
 

@@ -212,11 +212,19 @@ class TestWeights:
         refused_model(path, r"LlamaForCausalLM has no place for \(blk\.0\.attn_q\.bias\)")
 
     def test_layers_after_the_last_are_left_out(self, llama, tmp_path):
+        """Of those that predict several tokens at once the file says how many there are."""
         extra = {"blk.2.attn_norm.weight": np.ones(256, np.float32)}
+        refused_model(
+            gguf_models.write(tmp_path / "more.gguf", llama, extra=extra), r"no place for \(blk\.2\.attn_norm"
+        )
         same_weights(
-            load_model(str(gguf_models.write(tmp_path / "mtp.gguf", llama, extra=extra)), device="cpu"),
+            load_model(str(gguf_models.write(tmp_path / "mtp.gguf", llama, extra=extra, change=mtp)), device="cpu"),
             llama.named_parameters(),
         )
+
+
+def mtp(out):
+    out.add_uint32("llama.nextn_predict_layers", 1)
 
 
 def refused_model(path, message):
@@ -441,6 +449,22 @@ class TestRefused:
     def test_an_architecture_that_transformers_does_not_read(self, llama, tmp_path):
         path = gguf_models.write(tmp_path / "a.gguf", llama, architecture="plm")
         refused_model(path, r"a\.gguf is of the architecture 'plm', which this transformers does not read from GGUF")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("block_count", 10**8, "says that it has 100000000 layers, but holds 20 tensors"),
+            ("block_count", 1, "no place for"),
+            ("feed_forward_length", 128, "no place for"),
+            ("feed_forward_length", 512, "holds weights of other shapes than its metadata say"),
+            ("attention.head_count", 0, "could not load"),
+        ],
+    )
+    def test_metadata_that_do_not_fit_the_weights(self, llama, tmp_path, key, value, message):
+        path = gguf_models.write(tmp_path / "m.gguf", llama, change=lambda o: set_value(o, f"llama.{key}", value))
+        with pytest.raises(CatsError, match=message) as info:
+            load_model(str(path), device="cpu")
+        assert "\n" not in str(info.value)
 
     def test_weights_are_missing(self, llama, tmp_path):
         def change(out):

@@ -1,4 +1,4 @@
-"""`cats demo`: the whole job on the bundled model and real text."""
+"""`cats demo`: the whole job on the bundled model, or another, and real text."""
 
 import time
 from pathlib import Path
@@ -19,26 +19,32 @@ def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path("cats-demo"),
     config: DemoConfig,
 ) -> None:
-    """Calibrate, sparsify, save, reload, evaluate and generate with the bundled model, and write a report.
+    """Calibrate, sparsify, save, reload, evaluate and generate with the bundled model, or another, and write a report.
 
-    Needs no network and about a minute on two cores. Everything ends in the folder OUT: the profile, three CATS
-    checkpoints, results.json (as `cats eval` writes it) and report.html.
+    With the bundled model it needs no network and about a minute on two cores. Everything ends in the folder OUT: the
+    profile, three CATS checkpoints, results.json (as `cats eval` writes it) and report.html. Of another model the
+    checkpoints' weights are hard links to the model's own files, where the disk links. The texts are always the
+    bundled books; `cats calibrate` and `cats eval` take your own.
 
-    Example: **cats demo --out cats-demo**
+    Example: **cats demo --out cats-demo**, **cats demo --model model.Q4_K_M.gguf**
     """
     results.check(out)
     quiet_libraries()
     started = time.perf_counter()
     result = run_demo(out, config, force=results.force, command=command_line(), track=track, progress=show_progress)
     results.write(result)
-    _show(result)
+    _show(result, config.model)
     show("The reloaded checkpoints give the logits of the models they were saved from, to the bit.")
     show(f"Written to {out} in {time.perf_counter() - started:.0f} s; open {out / 'report.html'} in a browser.")
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], model: str | None) -> None:
     rows = {(row["variant"], row["metric"]): row for row in result["results"]}
     dense = rows["dense", "perplexity"]["value"]
+    if model is not None:
+        calibrated = result["variants"][1]["calibration"]["tokens"]
+        show(f"{model}: {result['architecture']}, {result['dtype']}")
+        show(f"Thresholds from {calibrated} tokens of old books, quality on others: on other text it differs")
     show(f"Gate sparsity asked for and achieved; quality on {result['tasks'][0]['tokens']} held-out tokens")
     columns = ("calibration", "held-out", "of all weights", "perplexity", "change", "KL (nats)", "top-1")
     shown = table("model", *columns)
@@ -57,8 +63,11 @@ def _show(result: dict[str, Any]) -> None:
             percent(rows[name, "top1_agreement"]["value"], 1),
         )
     show(shown)
-    show("± is the worst layer's distance, in points, from the sparsity asked for. Speed says nothing here, for")
-    show("a model this small fits the caches: cats bench decode measures it at the size of real models.\n")
+    if model is None:
+        show("± is the worst layer's distance, in points, from the sparsity asked for. Speed says nothing here, for")
+        show("a model this small fits the caches: cats bench decode measures it at the size of real models.\n")
+    else:
+        show("± is the worst layer's distance, in points, from the sparsity asked for. For speed: cats bench decode.\n")
     for prompt, texts in result["continuations"].items():
         for variant in result["variants"][:2]:
             show(Text.assemble((variant["name"], "bold"), f": {prompt}", (texts[variant["name"]], "italic")))

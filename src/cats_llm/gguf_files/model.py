@@ -1,5 +1,6 @@
 """A GGUF model through transformers' own loading, made a plain one: dense weights, and no trace of the format."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -70,9 +71,10 @@ def load_gguf_model(gguf: GgufModel, name: str, dtype: str, device: str) -> Any:
     check_keys(info, name)
     # some versions of transformers mark it, in several places, as quantised; one from the state dict never was
     clean = type(loaded.config).from_dict(_without_format(loaded.config.to_dict()))
-    plain = type(loaded).from_pretrained(
-        None, config=clean, state_dict=loaded.state_dict(), dtype=chosen, device_map=device
-    )
+    with _sentences(gguf, name):
+        plain = type(loaded).from_pretrained(
+            None, config=clean, state_dict=loaded.state_dict(), dtype=chosen, device_map=device
+        )
     plain.name_or_path = plain.config.name_or_path = name
     return plain
 
@@ -125,6 +127,11 @@ def _skeleton(gguf: GgufModel, name: str, file: Path) -> Any:
     read = _CONFIGS[key]
     config = type(read).from_dict(_without_format(read.to_dict()))
     config.name_or_path = name
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > len(gguf.tensors):  # millions of them would take hours to build
+        raise CatsError(
+            f"{name} says that it has {layers} layers, but holds {len(gguf.tensors)} tensors; it is damaged."
+        )
     set_rope(config, gguf, name)
     with torch.device("meta"):
         skeleton = build_skeleton(config)
@@ -143,13 +150,11 @@ def _check_nothing_is_left(gguf: GgufModel, skeleton: Any, name: str) -> None:
     Raises:
         CatsError: it has not.
     """
-    layers = getattr(skeleton.config.get_text_config(), "num_hidden_layers", None) or 0
-    held = [
-        tensor
-        for tensor in gguf.tensors
-        # layers after the last predict several tokens at once, which a plain model does without
-        if tensor.name not in FREQUENCIES and not ((n := _LAYER.match(tensor.name)) and int(n[1]) >= layers > 0)
-    ]
+    # layers after the last, which predict several tokens at once; a plain model does without
+    more = gguf.metadata.get(f"{gguf.architecture}.nextn_predict_layers", 0)
+    last = getattr(skeleton.config.get_text_config(), "num_hidden_layers", 0) if more else math.inf
+    layer_of = {tensor.name: int(match[1]) for tensor in gguf.tensors if (match := _LAYER.match(tensor.name))}
+    held = [t for t in gguf.tensors if t.name not in FREQUENCIES and layer_of.get(t.name, -1) < last]
     buffers = {key: value for key, value in skeleton.named_buffers() if key in skeleton.state_dict()}
     taken = [*skeleton.parameters(), *buffers.values()]
     if sum(tensor.numel for tensor in held) <= sum(tensor.numel() for tensor in taken):
@@ -183,13 +188,17 @@ def _bars_as_elsewhere() -> Iterator[None]:
 
 @contextmanager
 def _sentences(gguf: GgufModel, name: str) -> Iterator[None]:
-    """Say which architecture it is that transformers does not read."""
+    """Say which architecture it is that transformers does not read, and what it means that shapes differ."""
     try:
         yield
-    except (ValueError, NotImplementedError) as error:
-        if isinstance(error, CatsError) or not re.search("not supported yet|Unknown gguf model_type", str(error)):
-            raise
-        raise CatsError(
-            f"{name} is of the architecture {gguf.architecture!r}, which this transformers does not read from GGUF; "
-            "take the model that the file was made from, or pip install --upgrade transformers."
-        ) from error
+    except CatsError:
+        raise
+    except Exception as error:  # of other classes in other versions
+        if re.search("not supported yet|Unknown gguf model_type", str(error)):
+            raise CatsError(
+                f"{name} is of the architecture {gguf.architecture!r}, which this transformers does not read from "
+                "GGUF; take the model that the file was made from, or pip install --upgrade transformers."
+            ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise CatsError(f"{name} holds weights of other shapes than its metadata say; it is damaged.") from error
+        raise
