@@ -139,6 +139,7 @@ class Bench:
         record = {"train": ", ".join(self.tokens.record["train"]), "heldout": self.heldout(run)}
         log = train(model, Data(self.tokens.train, measured, [], record), config, arguments, teacher=teacher)
         tokens = config.steps * config.batch_size * self.tokens.length
+        log["device"] = self.args.device
         log["tokens"] = tokens
         log["tokens_per_second"] = round(tokens / log["training_seconds"])
         log["machine"] = machine.facts()

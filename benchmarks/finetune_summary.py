@@ -30,9 +30,9 @@ def summarise(out: Path) -> None:
     logs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "runs").glob("*.json"))]
     logs.sort(key=_place)
     finished = [log for log in logs if log["group"] != SEARCH]
-    if not logs or not (out / "base.json").exists():
-        raise CatsError(f"{out} holds no run in runs/, or no base.json beside it; begin with --group {SEARCH}.")
-    base = json.loads((out / "base.json").read_text(encoding="utf-8"))
+    if not logs:
+        raise CatsError(f"{out / 'runs'} holds no run; begin with --group {SEARCH}.")
+    base = _base(out, logs)
     results = {
         "format": formats.FINETUNING_RUNS,
         "version": formats.FINETUNING_VERSION,
@@ -40,7 +40,7 @@ def summarise(out: Path) -> None:
         "dtype": base["dtype"],
         "data": base["data"],
         "machine": base["machine"],
-        "dense": {name: value["perplexity"] for name, value in base["texts"].items()},
+        "dense": {name: base["texts"].get(name, {}).get("perplexity") for log in finished[:1] for name in log["after"]},
         "search": [
             {
                 "name": log["name"],
@@ -67,6 +67,16 @@ def summarise(out: Path) -> None:
     with style(), write_file(out / "finetune.svg", force=True) as file:
         shown = [log for log in results["runs"] if drawn[log["group"], log["name"]] is log]
         curves(read_training(results | {"runs": shown}, out / "finetune.json")).savefig(file, metadata={"Date": None})
+
+
+def _base(out: Path, logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The dense model before any step; without its file, as of runs that were copied here, only what runs know."""
+    file = out / "base.json"
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return known
+    one = logs[0]
+    return {key: one[key] for key in ("model", "data", "machine")} | {"dtype": None, "texts": {}}
 
 
 def _place(log: dict[str, Any]) -> tuple[Any, ...]:
@@ -105,14 +115,14 @@ def _shown(log: dict[str, Any], name: str) -> dict[str, Any]:
             "name": name,
             "validation": log["validation"]["perplexity"],
             "steps": log["steps"][every - 1 :: every],
-            "machine": gpus[0] if gpus and "cuda" in str(log.get("device")) else log["machine"]["cpu"],
+            "machine": gpus[0] if gpus and log["device"] != "cpu" else log["machine"]["cpu"],
         }
     )
 
 
 def _comparisons(log: dict[str, Any], logs: list[dict[str, Any]], base: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A run's perplexity on each text beside others', paired by sequence."""
-    others: list[tuple[str, dict[str, Any]]] = [("dense before", base["texts"])]
+    others: list[tuple[str, dict[str, Any]]] = [("dense before", base["texts"])] if base["texts"] else []
     for what, change in (
         ("relu", {"method": "relu", "sparsity": None, "criterion": "cats"}),
         ("dense", {"method": "dense", "sparsity": None, "criterion": "cats"}),
@@ -130,7 +140,7 @@ def _comparisons(log: dict[str, Any], logs: list[dict[str, Any]], base: dict[str
             difference = paired_difference(_metric(value), _metric(texts[text]))
             yield {
                 "group": log["group"],
-                "name": log["name"],
+                "name": log["name"] + _differences(log, logs),
                 "run": Run(**log["run"]).name,
                 "to": what,
                 "text": text,
@@ -155,7 +165,7 @@ def table(results: dict[str, Any]) -> str:
     logs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for log in results["runs"]:
         logs.setdefault((log["group"], log["name"]), []).append(log)
-    heads = [f"{text}: dense {_number(results['dense'][text])}" for text in texts]
+    heads = [text + (f": dense {_number(dense)}" if dense else "") for text, dense in results["dense"].items()]
     lines = [
         "| group | setting | learning rate | steps | training, min | gate sparsity after | "
         + " | ".join(heads)
@@ -185,12 +195,12 @@ def _mean(values: list[float], form: str) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _from_to(runs: list[dict[str, Any]], text: str, dense: float) -> str:
+def _from_to(runs: list[dict[str, Any]], text: str, dense: float | None) -> str:
     ends = [run["after"][text] for run in runs]
     if any(end is None for end in ends):
         return "not finite"
-    over = 100 * (sum(ends) / len(ends) / dense - 1)
-    return f"{_number(runs[0]['before'][text])} → {_mean(ends, '{:.3f}')} ({over:+.1f} %)"
+    over = f" ({100 * (sum(ends) / len(ends) / dense - 1):+.1f} %)" if dense else ""
+    return f"{_number(runs[0]['before'][text])} → {_mean(ends, '{:.3f}')}{over}"
 
 
 def _steps_to_relu(log: dict[str, Any], logs: list[dict[str, Any]]) -> str:

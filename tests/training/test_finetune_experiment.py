@@ -174,6 +174,13 @@ def test_runs_are_files_that_are_chosen_kept_and_not_run_twice(result, folder):
         assert log["settings"]["steps"] >= 1
         assert log["settings"]["warmup_steps"] == round(0.1 * log["settings"]["steps"])
         assert log["evaluations"][-1]["kl"] is not None
+    assert {c["to"] for c in values["comparisons"]} == {"dense before", "relu"}
+    assert "books: dense" in (out / "finetune.md").read_text(encoding="utf-8")
+    # runs alone, as they come from another machine, have less to be compared with
+    (out / "base.json").unlink()
+    call("--out", out, "--summarise")
+    assert json.loads((out / "finetune.json").read_text(encoding="utf-8"))["dense"] == {"books": None}
+    assert "| books |" in (out / "finetune.md").read_text(encoding="utf-8")
     # what is kept is what was measured
     model = AutoModelForCausalLM.from_pretrained(out / "models" / next(n for n in chosen if "cats" in n))
     assert model.config.quantization_config.criterion["name"] == "norm+compensate"
