@@ -3,13 +3,14 @@
     PYTHONPATH=src python benchmarks/quality_table.py results/quality.json --table quality.md --figure quality.svg
 
 Several files are joined, as of two runs with other tasks. Perplexity is shown as its increase over the dense model's,
-with the paired 95 % interval; the figure draws the same as a difference of log-perplexities, in nats a token.
+with the paired 95 % interval and KL(dense || variant) in nats; the figure draws log-perplexity minus the dense model's.
 `--brief FILE` writes a result without what each layer and each part of a task did, which is most of it.
 """
 
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ class Results:
 def brief(file: Path) -> dict[str, Any]:
     """A result without its details by layer, linear layer and part of a task; `cats report` reads it as before."""
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    commands = result["command"] if isinstance(result["command"], list) else [result["command"]]
+    # no path of the machine
+    result["command"] = re.sub(r"/(?:[^\s/=,]+/)+", "", " && ".join(commands))
     details = ("thresholds", "layer_sparsity", "linear_thresholds", "linear_sparsity", "parts")
     result["variants"] = [{**v, **{key: type(v[key])() for key in details if v.get(key)}} for v in result["variants"]]
     result["results"] = [
@@ -130,7 +134,9 @@ def table(results: Results) -> str:
         cells = [f"`{name}`", share(results.gate(name)), share(results.skipped(name) or None)]
         for task in results.texts:
             row = results.rows.get((name, task, "perplexity"))
-            cells.append(increase(row) if row else MISSING)
+            distance = results.rows.get((name, task, "kl"))
+            kl = f"; {distance['value']:.3f}" if distance and distance["value"] is not None else ""
+            cells.append(increase(row) + kl if row else MISSING)
         for task in results.scored:
             row = results.rows.get((name, task, "acc"))
             mean = results.tasks[task]["kind"] == "mean" or len(results.scored) == 1

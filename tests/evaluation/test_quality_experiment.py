@@ -159,6 +159,8 @@ def test_a_brief_result_is_still_one(quality, measured, tmp_path):
     quality[2].main([str(short), "--table", str(tmp_path / "short.md")])
     assert (tmp_path / "short.md").read_text() == (tmp_path / "whole.md").read_text()
     assert short.stat().st_size < whole.stat().st_size / 2
+    assert f" {out} " in f" {result['command']} "
+    assert str(out.parent) not in short.read_text(encoding="utf-8")
     read = read_eval(json.loads(short.read_text(encoding="utf-8")), short)
     assert [variant.name for variant in read.variants] == [variant["name"] for variant in result["variants"]]
     assert read.row("norm k=0.5", "story", "perplexity").difference.p is not None
@@ -219,6 +221,7 @@ def _result(quality, tmp_path):
             row("dense int8", "wiki", "perplexity", 20.1, difference(0.1, 0.06, 0.14, 1e-4)),
             row("dense int8", "piqa", "acc", 0.65, difference(0.0, 0.0, 0.0, 1.0)),
             row("cats k=0.5", "wiki", "perplexity", 25.0, difference(5.0, 4.0, 6.0, 1e-4), 0.49, 0.245),
+            row("cats k=0.5", "wiki", "kl", 0.25, None, 0.49, 0.245),
             row("cats k=0.5", "piqa", "acc", 0.60, difference(-0.05, -0.07, -0.03, 1e-5), 0.5, 0.25),
             row("teal k=0.5 (equal bytes)", "wiki", "perplexity", 20.2, difference(0.2, 0.1, 0.3, 1e-4), None, 0.25),
             row("teal k=0.5 (equal bytes)", "piqa", "acc", 0.64, difference(-0.01, -0.03, 0.01, 0.34), None, 0.25),
@@ -244,7 +247,7 @@ def test_the_table_says_what_was_measured(quality, tmp_path):
         "| `dense` | – | – | 20.00 | 65.0 % |",
         "| `teal k=0.5 (equal bytes)` | – | 25.0 % | +1.00 % (0.50 to 1.50) "
         "| 64.0 % (−1.0, p = 0.34; CATS p = 0.012) |",
-        "| `cats k=0.5` | 49.0 % | 24.5 % | +25.0 % (20.0 to 30.0) | 60.0 % (−5.0, p < 0.001) |",
+        "| `cats k=0.5` | 49.0 % | 24.5 % | +25.0 % (20.0 to 30.0); 0.250 | 60.0 % (−5.0, p < 0.001) |",
         "| `relu` | 60.0 % | 30.0 % | x 450 | – |",
         "| `dense int8` | – | 50.0 % | +0.50 % (0.30 to 0.70) | 65.0 % (+0.0, p = 1) |",
     ]
