@@ -21,8 +21,11 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.group import Group
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from cats_llm import distributed
 from cats_llm.calibration.batches import check_runs
@@ -60,7 +63,6 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         )
         self.batch = batch
         self.counter = counter
-        self.lengths: list[int] = []
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
@@ -69,8 +71,8 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         check_tokens(self.model, torch.tensor(ids), self.tokenizer)
         return ids
 
-    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fitting(super()._loglikelihood_tokens, *args, **kwargs)
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        return self._fitting(self._score, requests)
 
     def generate_until(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, with smaller batches if memory runs out."""
@@ -85,20 +87,57 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
         return self.batch.run(attempt)
 
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.lengths = []
-        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
-        return logits
+    def _score(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each ending, and whether it is the likeliest: lm-eval's, with one wait for a GPU a batch.
 
-    def _select_cont_toks(
-        self, logits: torch.Tensor, contlen: int | None = None, inplen: int | None = None
-    ) -> torch.Tensor:
-        # lm-eval pads on the right without a mask; the lengths come only after the call, one sequence at a time
-        if inplen is not None:
-            self.lengths.append(inplen)
-        self.counter.crop(self.lengths + [sys.maxsize] * (self.counter.batch - len(self.lengths)))
-        selected: torch.Tensor = super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
-        return selected
+        Order, batches and padding are lm-eval's, and so are the values. It scores one request at a time, on logits of
+        whole sequences; of a small model that takes most of the time.
+        """
+        collator = Collator(
+            list(requests),
+            sort_fn=lambda request: (-len(request[1]) - len(request[2]), tuple(request[1] + request[2])),
+            group_by="contexts" if self.logits_cache else None,
+            group_fn=lambda request: request[-2] + request[-1][:-1],
+        )
+        answers: list[tuple[float, bool]] = []
+        for chunk in collator.get_batched(n=self.batch_size, batch_fn=None):
+            answers += self._score_batch(chunk, collator)
+        scored: list[tuple[float, bool]] = collator.get_original(answers)
+        return scored
+
+    def _score_batch(self, chunk: Sequence[Any], collator: Any) -> Iterator[tuple[float, bool]]:
+        inputs = [torch.tensor((context + ending)[-(self.max_length + 1) :][:-1]) for _, context, ending in chunk]
+        ids = pad_sequence(inputs, batch_first=True)
+        logits = self._model_call(ids.to(self.device))
+        # padded on the right without a mask
+        self.counter.crop([len(tokens) for tokens in inputs])
+        # tokens that prompt tuning puts before
+        shift = logits.shape[1] - ids.shape[1]
+        where = [
+            (row, shift + len(tokens) - len(ending) + i)
+            for row, (tokens, (_, _, ending)) in enumerate(zip(inputs, chunk, strict=True))
+            for i in range(len(ending))
+        ]
+        at = torch.tensor(where, device=logits.device)
+        log_p = F.log_softmax(logits[at[:, 0], at[:, 1]], dim=-1, dtype=self.softmax_dtype)
+        # requests that differ in their last token share a sequence; what stands for its logits is where they are
+        shared: list[tuple[Any, list[int], list[int], list[int]]] = []
+        first = 0
+        for text, context, ending in chunk:
+            places = torch.arange(first, first + len(ending))[None, :, None]
+            first += len(ending)
+            for one, tokens, rows in collator.get_cache(text, context, ending, places):
+                held = rows.flatten().tolist()
+                shared.append((one, tokens, held[: len(tokens)], held[-len(tokens) :]))
+        index = [(row, token) for _, tokens, held, _ in shared for row, token in zip(held, tokens, strict=True)]
+        pairs = torch.tensor(index, device=log_p.device)
+        chosen, likeliest = log_p[pairs[:, 0], pairs[:, 1]].cpu(), log_p.argmax(-1).tolist()
+        parts = chosen.split([len(tokens) for _, tokens, _, _ in shared])
+        for (text, tokens, _, last), values in zip(shared, parts, strict=True):
+            answer = (float(values.sum()), [likeliest[row] for row in last] == list(tokens))
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, answer)
+            yield answer
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all processes, joined."""
