@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.metadata import version
 from io import StringIO
 from itertools import islice
@@ -51,7 +51,9 @@ _WEIGHTED = {"word_perplexity", "byte_perplexity"}
 class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     """lm-eval's own model class, on a model in memory, with data parallelism and a counter of sparsity."""
 
-    def __init__(self, subject: Subject, batch: BatchSize, counter: SparsityCounter) -> None:
+    def __init__(
+        self, subject: Subject, batch: BatchSize, counter: SparsityCounter, encoded: dict[Any, list[int]] | None = None
+    ) -> None:
         # lm-eval changes the tokenizer's padding
         super().__init__(
             pretrained=subject.model,
@@ -63,13 +65,17 @@ class CatsLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         )
         self.batch = batch
         self.counter = counter
+        self.encoded = encoded if encoded is not None else {}
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
         """The tokens of a text; one that the model has no embedding for is an error."""
-        ids: list[int] = super().tok_encode(*args, **kwargs)
-        check_tokens(self.model, torch.tensor(ids), self.tokenizer)
-        return ids
+        key = (args, *sorted(kwargs.items()))
+        if key not in self.encoded:
+            ids: list[int] = super().tok_encode(*args, **kwargs)
+            check_tokens(self.model, torch.tensor(ids), self.tokenizer)
+            self.encoded[key] = ids
+        return list(self.encoded[key])
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         return self._fitting(self._score, requests)
@@ -170,6 +176,9 @@ class LmEvalTask(Task):
         self.group = isinstance(loaded, Group)
         self.leaves = {task.task_name: task for task in (loaded.get_all_tasks() if self.group else [loaded])}
         self.name = loaded.name if self.group else loaded.task_name
+        # the next variant reads the same texts: their tokens, and the tokenizer and size of the vocabulary they are of
+        self._encoded: dict[Any, list[int]] = {}
+        self._reader: Any = None
 
     def prepare(self, model: Any, tokenizer: Any) -> None:
         """Check that the model predicts tokens, and that a chat template is there, if one is asked for."""
@@ -231,9 +240,12 @@ class LmEvalTask(Task):
         single = coverage is not None and coverage.coverage.last_fraction is not None
 
         counter = SparsityCounter(subject.model)
-        with _quiet():
+        reader = (subject.tokenizer, subject.model.get_input_embeddings().weight.shape)
+        if reader != self._reader:
+            self._reader, self._encoded = reader, {}
+        with _quiet(), _templates_compiled_once():
             results = lm_eval.simple_evaluate(
-                model=CatsLM(subject, BatchSize(1) if single else batch, counter),
+                model=CatsLM(subject, BatchSize(1) if single else batch, counter, self._encoded),
                 tasks=[self.loaded],
                 task_manager=self.manager,
                 num_fewshot=self.options.num_fewshot,
@@ -311,6 +323,17 @@ def _score(metric: str, sample: dict[str, Any]) -> tuple[float, float] | None:
     if isinstance(value, (bool, int, float)) or (hasattr(value, "item") and getattr(value, "size", 1) == 1):
         return float(value), 1.0
     return None
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles the templates of a task again for every document, which takes longer than a small model."""
+    environment = lm_eval.utils.env
+    environment.from_string = lru_cache(maxsize=1024)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # the class's own is back
 
 
 @cache
