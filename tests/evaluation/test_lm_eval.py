@@ -1,5 +1,6 @@
 """Tasks of lm-eval: the same numbers as its own command line, local data, our task files, and the converters."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -7,10 +8,13 @@ import warnings
 from pathlib import Path
 
 import lm_eval.tasks
+import lm_eval.utils
 import pytest
 import torch
+from jinja2 import Environment
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
@@ -194,6 +198,26 @@ def test_log_likelihoods_of_a_16_bit_model_are_not_rounded_to_16_bits(tokenizer)
         logits = model(torch.tensor([whole])).logits[0, :-1].double()
     each = logits.log_softmax(-1).gather(-1, torch.tensor(whole[1:])[:, None])
     assert found == pytest.approx(float(each[len(prompt) - 1 :].sum()), abs=1e-3)
+
+
+def test_the_next_variant_needs_no_tokens_and_no_templates_again(data, tokenizer, monkeypatch):
+    model = load_model(str(bundled.model_path()), "float32", "cpu")
+    [task], _ = build_tasks(["piqa"], data)
+    encoded, compiled = [], []
+    encode, compile_template = HFLM.tok_encode, Environment.from_string
+    monkeypatch.setattr(HFLM, "tok_encode", lambda *a, **k: encoded.append(a[1]) or encode(*a, **k))
+    monkeypatch.setattr(Environment, "from_string", lambda *a, **k: compiled.append(a[1]) or compile_template(*a, **k))
+    first = task.run(Subject(model, tokenizer, None, as_dense), BatchSize(4))
+    assert len(encoded) == len(set(encoded)) > 5
+    assert len(compiled) == len(set(compiled))
+    before = len(encoded)
+    again = task.run(Subject(model, tokenizer, model, as_dense), BatchSize(4))
+    assert len(encoded) == before
+    assert again.metrics == first.metrics
+    # another tokenizer has other tokens
+    task.run(Subject(model, copy.deepcopy(tokenizer), None, as_dense), BatchSize(4))
+    assert len(encoded) == 2 * before
+    assert "from_string" not in vars(lm_eval.utils.env), "lm-eval is left changed"
 
 
 TASKS = ["arc_easy", "openbookqa", "piqa", "hellaswag", "blimp_adjunct_island", "wikitext"]
