@@ -163,6 +163,8 @@ def figure(results: Results, methods: list[str]) -> Any:
         if name != "dense" and not variant.get("draw") and (not methods or method in methods):
             lines.setdefault(title, []).append(name)
     looks = style.looks(list(lines))
+    skipped = [results.skipped(name) for names in lines.values() for name in names]
+    most = 10 * math.floor(10 * max(skipped, default=0) + 1)  # the next ten above
     with style.style():
         drawn, panels = style.panels(len(results.texts), 3, True, height=3.2)
         for axes, text in zip(panels, results.texts, strict=True):
@@ -176,8 +178,8 @@ def figure(results: Results, methods: list[str]) -> Any:
                 axes.plot([x for x, _ in points], [y for _, y in points], **looks[title].marked, clip_on=False)
                 heights += [y for _, y in points]
             axes.set_title(text)
-            axes.set_xlim(0, 100)
-            axes.set_xticks(range(0, 101, 25))
+            axes.set_xlim(0, most)
+            axes.set_xticks(range(0, most + 1, 10))
             style.value_axis(axes, heights, from_zero=False)
         drawn.supxlabel("bytes of the decoder layers' linear weights that a token does not read, %", fontsize=9)
         drawn.supylabel("increase of log-perplexity, nats a token", fontsize=9)
