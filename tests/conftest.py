@@ -28,6 +28,7 @@ import cats_llm
 import families
 from browser import pytest_runtest_makereport  # noqa: F401  # a hook
 from cats_llm import bundled
+from cats_llm.cli.main import main
 from cats_llm.loading import load_model, load_tokenizer
 from cats_llm.text import batched, load_sequences
 
@@ -181,3 +182,16 @@ def pytest_collection_finish():
     """What was imported stays: collecting garbage need not look through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def run_cats(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a command; its exit code, and what it says: of its result, or of its error."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return code, said.out if code == 0 else said.err
+
+    return run

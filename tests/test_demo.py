@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 import cats_llm
 import gguf_models
 from cats_llm import bundled
-from cats_llm.cli.main import main
 from cats_llm.conversion import convert_gguf
 from cats_llm.demo import DemoConfig
 from cats_llm.loading import load_model, load_tokenizer
@@ -49,19 +48,6 @@ def no_page(monkeypatch):
     monkeypatch.setattr("cats_llm.demo.render_page", lambda _: "")
 
 
-@pytest.fixture
-def cats(capsys):
-    """Run a command; its exit code, and what it says."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return code, said.out if code == 0 else said.err
-
-    return run
-
-
 def inodes(out, name="model.safetensors"):
     return {(out / checkpoint / name).stat().st_ino for checkpoint in CHECKPOINTS}
 
@@ -75,9 +61,9 @@ def perplexity(model, sequences=2, length=512):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp().item()
 
 
-def test_a_gguf_file(file, cats, tmp_path):
+def test_a_gguf_file(file, run_cats, tmp_path):
     out = tmp_path / "out"
-    code, said = cats("demo", "--model", file, "--out", out, *SHORT)
+    code, said = run_cats("demo", "--model", file, "--out", out, *SHORT)
     assert code == 0, said
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "what was temporary is gone"
     result = json.loads((out / "results.json").read_text())
@@ -99,9 +85,9 @@ def test_a_gguf_file(file, cats, tmp_path):
     assert torch.equal(cats_llm.densify(sparse).lm_head.weight, dense.lm_head.weight)
 
 
-def test_a_folder_is_linked_to_and_left_as_it_was(folder, cats, no_page, tmp_path):
+def test_a_folder_is_linked_to_and_left_as_it_was(folder, run_cats, no_page, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    code, said = cats("demo", "--model", folder, "--out", tmp_path / "out", *SHORT, "--dtype", "bfloat16")
+    code, said = run_cats("demo", "--model", folder, "--out", tmp_path / "out", *SHORT, "--dtype", "bfloat16")
     assert code == 0, said
     assert json.loads((tmp_path / "out" / "results.json").read_text())["dtype"] == "bfloat16"
     assert inodes(tmp_path / "out") == {(folder / "model.safetensors").stat().st_ino}
@@ -109,7 +95,7 @@ def test_a_folder_is_linked_to_and_left_as_it_was(folder, cats, no_page, tmp_pat
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_where_the_disk_does_not_link_to_the_model_it_is_copied_once(folder, cats, no_page, tmp_path, monkeypatch):
+def test_where_the_disk_does_not_link_to_the_model_it_is_copied_once(folder, run_cats, no_page, tmp_path, monkeypatch):
     link = os.link
 
     def refuse(source, target):
@@ -118,23 +104,23 @@ def test_where_the_disk_does_not_link_to_the_model_it_is_copied_once(folder, cat
         link(source, target)
 
     monkeypatch.setattr(os, "link", refuse)
-    code, said = cats("demo", "--model", folder, "--out", tmp_path / "out", *SHORT)
+    code, said = run_cats("demo", "--model", folder, "--out", tmp_path / "out", *SHORT)
     assert code == 0, said
     assert len(inodes(tmp_path / "out")) == 1
     assert (folder / "model.safetensors").stat().st_nlink == 1
 
 
-def test_models_that_it_cannot_begin_with(folder, cats, tmp_path, monkeypatch):
+def test_models_that_it_cannot_begin_with(folder, run_cats, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "sparse")
     model = cats_llm.sparsify(load_model(str(folder), device="cpu"), cats_llm.CatsConfig({0: 0.25}))
     model.save_pretrained(tmp_path / "sparse")
     monkeypatch.setattr("cats_llm.loading.load_model", lambda *_: pytest.fail("weights were read"))
-    code, said = cats("demo", "--model", tmp_path / "sparse", "--out", tmp_path / "out", *SHORT)
+    code, said = run_cats("demo", "--model", tmp_path / "sparse", "--out", tmp_path / "out", *SHORT)
     assert code == 1
     assert "sparse or quantised already; the demo begins with the dense model" in said
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
-    code, said = cats("demo", "--model", folder, "--out", tmp_path / "out", *SHORT)
+    code, said = run_cats("demo", "--model", folder, "--out", tmp_path / "out", *SHORT)
     assert code == 1
     assert "the demo has no meaning for LlamaForSequenceClassification" in said
     assert not (tmp_path / "out").exists()

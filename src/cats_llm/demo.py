@@ -19,7 +19,14 @@ from cats_llm.errors import CatsError
 from cats_llm.evaluation.perplexity import PerplexityTask
 from cats_llm.evaluation.run import Progress, run_evaluation
 from cats_llm.evaluation.variants import Variant, make_variants
-from cats_llm.loading import ModelSource, default_device, parse_device, parse_dtype
+from cats_llm.loading import (
+    ModelSource,
+    default_device,
+    device_option,
+    parse_dtype,
+    remote_code_option,
+    revision_option,
+)
 from cats_llm.model.architecture import check_predicts_tokens
 from cats_llm.model.sparsify import densify, sparsify
 from cats_llm.model.structure import find_gated_mlps, quantization_of
@@ -52,14 +59,9 @@ class DemoConfig:
         help="Any model of text with gated MLPs: a folder, a GGUF file, or a name on the hub. Default: the bundled.",
         panel=Panel.DATA,
     )
-    revision: str | None = option(None, help="Branch, tag or commit of a model on the hub.", panel=Panel.DATA)
-    trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.", panel=Panel.DATA)
-    device: str | None = option(
-        None,
-        help="cpu, cuda, cuda:1, or auto to spread over all. Default: the GPU if there is one.",
-        parse=parse_device,
-        panel=Panel.DATA,
-    )
+    revision: str | None = revision_option()
+    trust_remote_code: bool = remote_code_option()
+    device: str | None = device_option()
     dtype: str | None = option(
         None,
         help="As elsewhere. Default: float32 on a CPU and for the bundled model, else the model's own.",

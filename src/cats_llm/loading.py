@@ -60,7 +60,8 @@ def parse_dtype(text: str) -> str:
     return text
 
 
-def _device_option() -> Any:
+def device_option() -> Any:
+    """The option of where to compute."""
     return option(
         None,
         help="cpu, cuda, cuda:1, or auto to spread over all. Default: the GPU if there is one.",
@@ -78,11 +79,21 @@ def _dtype_option() -> Any:
     )
 
 
+def revision_option() -> Any:
+    """The option of which version of a model on the hub."""
+    return option(None, help="Branch, tag or commit of a model on the hub.", panel=Panel.DATA)
+
+
+def remote_code_option() -> Any:
+    """The option to run a checkpoint's own code."""
+    return option(False, help="Run model code that comes with the checkpoint.", panel=Panel.DATA)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a model is computed, and in what dtype, for commands that know which model."""
 
-    device: str | None = _device_option()
+    device: str | None = device_option()
     dtype: str = _dtype_option()
 
 
@@ -91,9 +102,9 @@ class ModelSource:
     """Which model, and in what form it is loaded."""
 
     model: str = option(help="A folder, a GGUF file, or a name on the hub.", positional=True, metavar="MODEL")
-    revision: str | None = option(None, help="Branch, tag or commit of a model on the hub.", panel=Panel.DATA)
-    trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.", panel=Panel.DATA)
-    device: str | None = _device_option()
+    revision: str | None = revision_option()
+    trust_remote_code: bool = remote_code_option()
+    device: str | None = device_option()
     dtype: str = _dtype_option()
 
     def load(self) -> Any:

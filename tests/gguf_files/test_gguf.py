@@ -54,15 +54,13 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def cats(capsys):
+def cats(run_cats):
     """Run a command that must succeed, and return what it says."""
 
     def run(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        assert code == 0, said.err
-        return said.out
+        code, said = run_cats(*arguments)
+        assert code == 0, said
+        return said
 
     return run
 

@@ -12,7 +12,7 @@ from cats_llm.checkpoint.config import parse_sparsity
 from cats_llm.dtypes import DTYPE_NAMES, DTYPES
 from cats_llm.errors import CatsError, UsageError
 from cats_llm.kernels.backend import MAX_DECODE_TOKENS
-from cats_llm.loading import load_model, load_skeleton, parse_device
+from cats_llm.loading import load_model, load_skeleton, parse_device, remote_code_option, revision_option
 from cats_llm.model.sparsify import densify
 from cats_llm.model.structure import find_gated_mlps
 from cats_llm.options import Panel, option
@@ -124,8 +124,8 @@ class TuneConfig(_Workload):
 
     model: str | None = option(None, **_MODEL)
     shape: str | None = option(None, **_SHAPE)
-    revision: str | None = option(None, help="Branch, tag or commit of a model on the hub.", panel=Panel.DATA)
-    trust_remote_code: bool = option(False, help="Run model code that comes with the checkpoint.", panel=Panel.DATA)
+    revision: str | None = revision_option()
+    trust_remote_code: bool = remote_code_option()
 
     def __post_init__(self) -> None:
         _check_model_or_shape(self.model, self.shape)

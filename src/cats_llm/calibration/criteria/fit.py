@@ -92,8 +92,7 @@ def fit(
             make.
     """
     check_sparsity(sparsity)
-    gradients = criterion.score in OF_GRADIENTS
-    if criterion.allocate or criterion.distill or gradients:
+    if criterion.allocate or criterion.distill or criterion.score in OF_GRADIENTS:
         check_predicts_tokens(model, f"the criterion {criterion}")
     say = notify or (lambda _: None)
     coverage = coverage or TokenPolicy()
@@ -107,20 +106,8 @@ def fit(
         reached = _reached(model, swapped, text)
         not_run = tell_not_run(swapped, reached)
         mlps = [mlp for mlp in swapped if mlp.layer in reached]
-        shares = dict.fromkeys((mlp.layer for mlp in mlps), sparsity)
-        statistics = None
-        if gradients or (criterion.allocate and sparsity > 0):
-            say("gathering statistics")
-            statistics = statistics_of(model, mlps, text, gradients)
-        if criterion.allocate and sparsity > 0:
-            assert statistics is not None
-            say("measuring the error of every layer")
-            shares = allocate(model, mlps, text, criterion, sparsity, statistics)
+        shares, weights = _by_dense_model(model, mlps, text, criterion, sparsity, say)
         say("fitting thresholds")
-        weights = None
-        if gradients:
-            assert statistics is not None
-            weights = {mlp.layer: SCORES[criterion.score](statistics[mlp.layer], shares[mlp.layer]) for mlp in mlps}
         layers = _through_layers(model, mlps, text, shares, criterion, weights)
         settings: dict[str, Any] = {}
         if criterion.distill and sparsity > 0:
@@ -140,6 +127,33 @@ def fit(
         criterion=criterion.to_dict() | settings,
         vectors={layer: fitted.tensors() for layer, fitted in layers.items()},
     ).with_coverage(coverage)
+
+
+def _by_dense_model(
+    model: nn.Module,
+    mlps: list[GatedMLP],
+    text: CalibrationText,
+    criterion: Criterion,
+    sparsity: float,
+    say: Callable[[str], None],
+) -> tuple[dict[int, float], dict[int, Tensor] | None]:
+    """What the dense model decides: the share of every layer, and a score's weights if they come from gradients.
+
+    The statistics, which are large, are gone afterwards.
+    """
+    shares = dict.fromkeys((mlp.layer for mlp in mlps), sparsity)
+    gradients, allocates = criterion.score in OF_GRADIENTS, criterion.allocate and sparsity > 0
+    if not gradients and not allocates:
+        return shares, None
+    say("gathering statistics")
+    statistics = statistics_of(model, mlps, text, gradients)
+    if allocates:
+        say("measuring the error of every layer")
+        shares = allocate(model, mlps, text, criterion, sparsity, statistics)
+    if not gradients:
+        return shares, None
+    score = SCORES[criterion.score]
+    return shares, {layer: score(statistics[layer], share) for layer, share in shares.items()}
 
 
 @torch.no_grad()

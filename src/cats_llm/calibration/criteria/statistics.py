@@ -166,12 +166,12 @@ def statistics_of(
         g = None if gradient is None else rows_of(gradient, counted)
         statistics[mlp.layer].add(*hidden_parts(mlp, rows_of(x, counted)), g)
 
-    for inputs, counted in zip(text.inputs, text.counted, strict=True):  # noqa: B007  # add reads it
-        if gradients:
-            with frozen(model), _observe_gradients(mlps, add), torch.enable_grad():
-                _loss(model, inputs).backward()
-        else:
-            with observe_inputs(mlps, add):
+    with _observe_gradients(model, mlps, add) if gradients else observe_inputs(mlps, add):
+        for inputs, counted in zip(text.inputs, text.counted, strict=True):  # noqa: B007  # add reads it
+            if gradients:
+                with torch.enable_grad():
+                    _loss(model, inputs).backward()
+            else:
                 run_decoder(model, inputs)
     sum_over_processes([t for layer in statistics.values() for t in layer.tensors()])
     return statistics
@@ -193,9 +193,12 @@ def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _observe_gradients(
-    mlps: Sequence[GatedMLP], observer: Callable[[GatedMLP, Tensor, Tensor], None]
+    model: nn.Module, mlps: Sequence[GatedMLP], observer: Callable[[GatedMLP, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Show the observer the input of every MLP, (..., d), and the gradient by h, (..., f), in the backward pass."""
+    """Show the observer the input of every MLP, (..., d), and the gradient by h, (..., f), in the backward pass.
+
+    Weights want no gradients meanwhile.
+    """
     inputs: dict[int, Tensor] = {}
 
     def hook(mlp: GatedMLP) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -209,6 +212,7 @@ def _observe_gradients(
         return before_down
 
     with ExitStack() as stack:
+        stack.enter_context(frozen(model))
         stack.enter_context(observe_inputs(mlps, lambda mlp, x: inputs.update({mlp.layer: x.detach()})))
         for mlp in mlps:
             stack.callback(mlp.down_linear.register_forward_pre_hook(hook(mlp)).remove)
